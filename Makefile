@@ -12,7 +12,7 @@ INSTALLED := .venv/installed-$(CHECKSUM)
 BROKEN := $(shell test ! -e .venv/installing && $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks test outputs remake
+.PHONY: help notebooks test benchmark outputs remake
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into .venv, once."
@@ -23,6 +23,9 @@ notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.h
 
 test: $(INSTALLED) ## run every test, the notebooks included
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
+
+benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: three minutes)
+	$(VENV_PYTHON) -m utils.benchmark $(ARGS)
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed
 	$(VENV_PYTHON) -m utils.notebooks outputs $(ARGS)

@@ -81,6 +81,7 @@ SET_UP = [
     [
         ("test", "pytest tests"),
         ("notebooks", "utils.notebooks run"),
+        ("benchmark", "utils.benchmark"),
         ("outputs", "utils.notebooks outputs"),
     ],
 )

@@ -9,6 +9,10 @@ import torch
 from utils import metrics
 from utils.metrics import (
     Estimate,
+    accuracy,
+    answer_probability,
+    answer_rank,
+    correlation,
     estimate,
     half_losses,
     icl_score,
@@ -91,6 +95,37 @@ def test_logit_diff_reads_the_last_position():
     assert logit_diff(logits, answers).tolist() == pytest.approx(want)
 
 
+@torch.no_grad()
+def test_probability_rank_and_accuracy_equal_sorting_hugging_face_logits(model_pair):
+    model, hf = model_pair
+    tokens = repeated_tokens(model, 3, 4)
+    rows = hf(tokens).logits[:, -1]
+    order = rows.argsort(dim=-1, descending=True)
+    answers = torch.tensor([[order[0, 0], order[0, 5]], [order[1, 7], order[1, 6]], [12, 11]])
+    logits = model(tokens)
+    for p, (right, wrong) in enumerate(answers.tolist()):
+        spread = [math.exp(v) for v in (rows[p] - rows[p].max()).tolist()]
+        want = spread[right] / sum(spread)
+        assert answer_probability(logits, answers)[p].item() == pytest.approx(want, rel=1e-3)
+        assert answer_rank(logits, answers)[p] == 1 + order[p].tolist().index(right)
+        ahead = order[p].tolist().index(right) < order[p].tolist().index(wrong)
+        assert accuracy(logits, answers)[p] == float(ahead)
+
+
+def test_rank_and_accuracy_count_ties():
+    logits = torch.tensor([[[9.0, 9.0, 9.0], [2.0, 2.0, 1.0]]])
+    answers = torch.tensor([[1, 0]])
+    assert answer_rank(logits, answers).tolist() == [1]
+    assert accuracy(logits, answers).tolist() == [0.0]
+
+
+def test_correlation_equals_the_statistics_module():
+    x, y = torch.rand(9), torch.rand(9)
+    want = statistics.correlation(x.tolist(), y.tolist())
+    assert correlation(x, y) == pytest.approx(want, abs=1e-6)
+    assert correlation(x, 3 - 2 * x) == pytest.approx(-1)
+
+
 def test_normalised_effect_is_zero_for_corrupted_and_one_for_clean_on_average():
     clean, corrupted = torch.tensor([4.0, 2.0]), torch.tensor([-1.0, 1.0])
     patched = torch.stack([corrupted, clean, (clean + corrupted) / 2], dim=1)
@@ -136,6 +171,15 @@ def test_estimates_print_as_many_digits_as_the_error_allows(value, text):
         (lambda: icl_score(torch.ones(2, 60), 50, 5, 0), "must be in order"),
         (lambda: logit_diff(torch.ones(2, 9), torch.ones(2, 2).long()), "logits must have shape"),
         (lambda: logit_diff(torch.ones(2, 3, 9), torch.ones(2).long()), r"\[2 2\], got \[2\]"),
+        *(
+            (lambda f=f: f(torch.ones(2, 3, 9), torch.ones(3, 2).long()), r"\[2 2\], got \[3, 2\]")
+            for f in (accuracy, answer_probability, answer_rank)
+        ),
+        (lambda: correlation(torch.rand(3), torch.rand(4)), r"one length, got \(3,\) and \(4,\)"),
+        (lambda: correlation(torch.rand(2, 2), torch.rand(2, 2)), r"must be vectors"),
+        (lambda: correlation(torch.ones(4), torch.rand(4)), "x must vary, got 4 values all"),
+        (lambda: correlation(torch.rand(4), torch.zeros(4)), "y must vary, got 4 values all"),
+        (lambda: correlation(torch.rand(0), torch.rand(0)), "x must vary, got 0 values"),
         (
             lambda: normalised_effect(torch.ones(3, 4), torch.ones(2), torch.zeros(2)),
             "must agree on the prompts",

@@ -218,6 +218,22 @@ def test_readme_command_rewrites_tables_alone(project, capsys):
     assert notebook_outputs.with_tables(readme) == readme.read_text()
 
 
+def test_each_project_keeps_its_own_results(project):
+    first, second = project, project.parent / "project-2-other"
+    second.mkdir()
+    for folder, head in ((first, "L1H1"), (second, "L2H2")):
+        write(folder, name=f"{folder.name}_notebook")
+        ledger = {"model": "m", "versions": {}, "claims": [], "heads": {"induction": [head]}}
+        write_json(folder / "results" / "m.json", ledger)
+        (folder / "README.md").write_text("<!-- results:start -->\n<!-- results:end -->\n")
+    top = project.parent / "README.md"
+    marked = (f"<!-- results:start {f.name} -->\n<!-- results:end -->\n" for f in (second, first))
+    top.write_text("".join(marked))
+    assert notebooks.main(["readme"]) == 0
+    shown = [re.findall(r"L\dH\d", p.read_text()) for p in notebook_outputs.readmes()]
+    assert shown == [["L2H2", "L1H1"], ["L1H1"], ["L2H2"]]
+
+
 STUB = "def double(x):\n    raise NotImplementedError()"
 SOLUTION = """Think.
 <details><summary>Hint 1</summary>

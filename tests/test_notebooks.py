@@ -89,7 +89,8 @@ def test_random_weights_hold_no_claim(path, tmp_path, capfd, random_gpt2_folder)
 def test_every_claim_of_the_notebook_is_tested(path):
     committed = {c["id"] for c in read_json(path.parent / "results" / f"{MODEL}.json")["claims"]}
     prefixes = {i.split(".")[0] for i in committed}
-    assert committed == {i for i in CLAIMS if i.split(".")[0] in prefixes}
+    for_all = {i for i, claim in CLAIMS.items() if claim.only_for in (None, MODEL)}
+    assert committed == {i for i in for_all if i.split(".")[0] in prefixes}
 
 
 # What a reader sees
@@ -197,6 +198,16 @@ def test_readme_tables_are_those_of_the_committed_results(readme):
     text = readme.read_text(encoding="utf-8")
     assert "<!-- results:start" in text
     assert with_tables(readme) == text, "run `make outputs`, or python -m utils.notebooks readme"
+
+
+@every_notebook
+def test_the_top_readme_shows_every_project(path):
+    text, project = (ROOT / "README.md").read_text(encoding="utf-8"), path.parent.name
+    assert f"<!-- results:start {project} -->" in text
+    assert f"({project}/)" in text
+    assert f"]({project}/figures/" in text
+    assert re.search(rf"colab\.research\.google\.com/\S+/{path.relative_to(ROOT)}\)", text)
+    assert (path.parent / "README.md").exists()
 
 
 @pytest.mark.parametrize("readme", readmes(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,12 +1,13 @@
 """Patching against forward hooks on the untouched Hugging Face model."""
 
+import pandas as pd
 import pytest
 import torch
 from transformer_lens import patching
 
 from utils.heads import all_heads, cache_heads
 from utils.metrics import logit_diff
-from utils.patching import SITES, patch_head_hooks, patch_heads, patch_residual
+from utils.patching import SITES, patch_head_hooks, patch_heads, patch_residual, patch_sublayer
 from utils.prompts import induction_prompts, repeated_tokens
 
 CLOSE = {"atol": 5e-3, "rtol": 1e-3}
@@ -143,6 +144,35 @@ def test_patching_the_residual_stream_equals_hugging_face_hooks(model_pair, task
     torch.testing.assert_close(got, torch.stack(want, dim=1), **CLOSE)
 
 
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
+@pytest.mark.parametrize("name", ["random_gpt2", "smollm2"])
+def test_patching_sublayers_equals_transformer_lens(request, name, site):
+    model = request.getfixturevalue(name)
+    prompts = induction_prompts(model, 2, 7)
+    corrupted, end = prompts.corrupted["key"], prompts.positions["END"]
+    layers, positions = [0, 2], [prompts.positions["A"] - 1, prompts.positions["B"], end]
+    cache = model.run_with_cache(prompts.clean)[1]
+    sweep = getattr(patching, f"get_act_patch_{site}")
+    got = patch_sublayer(
+        model, prompts.clean, corrupted, lambda x: x[:, -1, 7], site, positions, layers
+    )
+    frame = pd.DataFrame(
+        [(la, pos) for la in layers for pos in positions], columns=["layer", "pos"]
+    )
+    want = sweep(
+        model,
+        corrupted,
+        cache,
+        lambda x: x[:, -1, 7].mean(),
+        index_axis_names=None,
+        index_df=frame,
+    )
+    torch.testing.assert_close(got.mean(0).flatten(), want, atol=1e-4, rtol=1e-4)
+    unpatched = model(corrupted)[:, -1, 7]
+    torch.testing.assert_close(got[:, :, 0], unpatched[:, None].expand(-1, 2), **CLOSE)
+    assert (got[:, :, 1] - unpatched[:, None]).abs().max() > 1e-3
+
+
 def test_patching_everything_is_clean_and_nothing_is_corrupted(model_pair, task):
     (model, hf), (prompts, metric) = model_pair, task
     corrupted, end = prompts.corrupted["query"], prompts.positions["END"]
@@ -250,6 +280,7 @@ TOKENS = torch.ones(1, 4).long()
         (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [4]), "positions must be one or more"),
         (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [0], []), "layers must be one or more"),
         (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [0], [-1]), "layers must be"),
+        (lambda m, f: patch_sublayer(m, TOKENS, TOKENS, f, "resid"), "site must be one of"),
         (lambda m, f: patch_head_hooks(m, {}, [(0, 0)], "z"), "cache lacks blocks.0.attn.hook_z"),
         (lambda m, f: patch_head_hooks(m, {}, [(0, 0)], "x"), "site must be one of"),
         (

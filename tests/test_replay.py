@@ -8,6 +8,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from utils import replay
+from utils.metrics import logit_diff
+from utils.packs import in_packs, pack_size
+from utils.patching import LogitDiff
 from utils.replay import Replay
 
 FIRST = 6  # first position the interventions below change
@@ -206,3 +209,140 @@ def test_bad_input(random_gpt2, toy2):
         recorded.run([("ln_final.hook_scale", lambda x, hook: x)])
     with pytest.raises(ValueError, match="start"):
         Replay(toy2, torch.tensor([[1, 2, 3]])).run([], start=1)
+
+
+def _zero_head(layer, head):
+    def hook_fn(z, hook):
+        z = z.clone()
+        z[:, :, head] = 0
+        return z
+
+    return (f"blocks.{layer}.attn.hook_z", hook_fn)
+
+
+def _last(logits):
+    return logits[:, -1, 7]
+
+
+def test_a_sweep_is_one_run_for_each_intervention(model, tokens):
+    """Out of order, in several layers, some with hooks in two layers or none."""
+    top = model.cfg.n_layers - 1
+    sweep = [
+        [_zero_head(top, 1)],
+        [_zero_head(0, 1), _zero_head(top, 0)],
+        [],
+        [_zero_head(0, 0)],
+        [_zero_head(top, 1), _zero_head(0, 1)],
+    ]
+    with torch.no_grad():
+        got = Replay(model, tokens).sweep(_last, sweep)
+        want = [_last(model.run_with_hooks(tokens, fwd_hooks=hooks)) for hooks in sweep]
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=1e-4)
+    assert (got[0] - got[2]).abs().max() > 1e-4
+
+
+def test_a_run_on_top_of_hooks(model, tokens):
+    """Recorded under base hooks; handed again where they lie in the part that is run again."""
+    top = model.cfg.n_layers - 1
+    low, high, extra = _zero_head(0, 1), _zero_head(top, 1), _zero_head(top, 0)
+    with torch.no_grad():
+        recorded = Replay(model, tokens, hooks=[low, high], keep=[f"blocks.{top}.hook_resid_pre"])
+        got = recorded.run([high, extra])
+        want = model.run_with_hooks(tokens, fwd_hooks=[low, high, extra])
+        with model.hooks(fwd_hooks=[low]):
+            resid = model.run_with_cache(tokens)[1]["resid_pre", top]
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(recorded.activations[f"blocks.{top}.hook_resid_pre"], resid)
+
+
+def test_logit_diff_needs_no_unembedding(model, tokens, monkeypatch):
+    answers = torch.tensor([[7, 11], [5, 3]])
+    sweep = [[_zero_head(0, 1)], []]
+    with torch.no_grad():
+        want = [logit_diff(model.run_with_hooks(tokens, fwd_hooks=h), answers) for h in sweep]
+        recorded = Replay(model, tokens)
+        monkeypatch.setattr(Replay, "_unembed", None)
+        got = recorded.sweep(LogitDiff(answers), sweep)
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="answers"):
+        LogitDiff(torch.tensor([7, 11]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_halves_the_pack(random_gpt2, monkeypatch, error):
+    tokens = torch.arange(10, 22)[None]
+    sweep = [[_zero_head(layer, head)] for layer in range(3) for head in range(4)]
+    sizes, whole = [], Replay._run_from
+
+    def at_most_three(self, layers, *rest):
+        sizes.append(len(layers))
+        if len(layers) > 3:
+            raise error
+        return whole(self, layers, *rest)
+
+    with torch.no_grad():
+        recorded = Replay(random_gpt2, tokens)
+        want = recorded.sweep(_last, sweep)
+        monkeypatch.setattr(Replay, "_run_from", at_most_three)
+        got = recorded.sweep(_last, sweep)
+    torch.testing.assert_close(got, want)
+    assert sizes == [12, 6, 3, 3, 3, 3]
+
+
+def test_other_errors_and_packs_of_one_are_not_tried_again():
+    def fail(pack):
+        raise RuntimeError("can't allocate memory" if pack == [0] else "something else")
+
+    for items, message in (([0], "allocate"), ([1, 2], "else")):
+        with pytest.raises(RuntimeError, match=message):
+            in_packs(items, 2, fail)
+
+
+def test_packs_are_sized_to_memory(random_gpt2):
+    assert pack_size(random_gpt2, 4, 16, 12) > pack_size(random_gpt2, 4, 16) >= 1
+    assert pack_size(random_gpt2, 2, 16) == pytest.approx(2 * pack_size(random_gpt2, 4, 16), 0.1)
+    assert pack_size(random_gpt2, 10**6, 200) == 1
+
+
+def test_an_interrupted_sweep_leaves_no_hooks(random_gpt2):
+    tokens = torch.arange(10, 22)[None]
+
+    def interrupt(z, hook):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        before = random_gpt2(tokens)
+        with pytest.raises(KeyboardInterrupt):
+            Replay(random_gpt2, tokens).sweep(_last, [[("blocks.1.attn.hook_z", interrupt)]])
+        assert not any(point.fwd_hooks for point in random_gpt2.hook_dict.values())
+        assert torch.equal(random_gpt2(tokens), before)
+
+
+def test_given_attention_is_not_computed_and_is_restored(model, tokens):
+    layer = model.cfg.n_layers // 2
+    with torch.no_grad():
+        whole, cache = model.run_with_cache(tokens)
+        given = cache[f"blocks.{layer}.attn.hook_out"] * 0
+        hook = (f"blocks.{layer}.attn.hook_z", lambda z, hook: pytest.fail("computed"))
+        with replay.given_attention(model, {layer: given}), model.hooks(fwd_hooks=[hook]):
+            got = model(tokens)
+        without = [(f"blocks.{layer}.attn.hook_out", lambda out, hook: out * 0)]
+        want = model.run_with_hooks(tokens, fwd_hooks=without)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        with pytest.raises(KeyboardInterrupt), replay.given_attention(model, {layer: given}):
+            raise KeyboardInterrupt
+        assert torch.equal(model(tokens), whole)
+
+
+def test_left_padded_prompts_are_refused(smollm2):
+    pad = smollm2.tokenizer.pad_token_id
+    prompts = torch.tensor([[10, 11, 12, 13], [pad, pad, 11, 12]])
+    with pytest.raises(ValueError, match="prompt 1 begins with padding"):
+        Replay(smollm2, prompts)

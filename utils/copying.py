@@ -10,8 +10,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.heads import all_heads, cache_heads, check_heads, key_value_head
-from utils.metrics import token_batches
-from utils.prompts import ordinary_tokens
+from utils.metrics import last_position_hooks, token_batches
+from utils.prompts import check_tokens, ordinary_tokens, start_token
 
 
 def ov_weights(
@@ -98,6 +98,80 @@ def own_logit_largest(
     return torch.stack(largest, dim=1)
 
 
+@torch.no_grad()
+def name_copying_score(
+    model: TransformerBridge,
+    names: Int[Tensor, "name"],
+    heads: Iterable[tuple[int, int]] | None = None,
+    k: int = 5,
+    sign: int = 1,
+) -> Float[Tensor, "*heads"]:
+    """Share of names that a head would write into the top `k` logits, attending to them.
+
+    [start token, name] is run through the first block; its residual stream at the name, after the
+    block's MLP, goes through the LayerNorm of the head's own layer, the head's W_V and W_O, the
+    last LayerNorm and the unembedding (Wang et al. 2022, section 3.1, copy score). `sign=-1`
+    turns the head's output round, for heads that write against the names they attend to. Gives
+    [layer head], or [n] for a list of heads. In a deep model heads read streams that differ much
+    from the first block's: see `name_copying_in_place`. Raises ValueError for names that are not
+    token ids, heads the model lacks, `k` below 1 and a sign other than 1 or -1.
+    """
+    chosen = check_heads(model, all_heads(model) if heads is None else heads)
+    _check_rank_and_sign(model, k, sign)
+    if names.ndim != 1 or names.is_floating_point():
+        raise ValueError(f"names must be a vector of token ids, got {names.dtype} {names.shape}")
+    tokens = torch.stack([torch.full_like(names, start_token(model)), names], dim=1)
+    check_tokens(model, tokens, "names")
+    tokens = tokens.to(model.cfg.device)
+    name = "blocks.0.hook_resid_post"
+    with model.hooks(fwd_hooks=last_position_hooks()):
+        resid = model.run_with_cache(tokens, names_filter=[name], stop_at_layer=1)[1][name][:, 1:]
+    copied = []
+    for head, v, o in tqdm(
+        list(zip(chosen, *ov_weights(model, chosen), strict=True)), desc="copying", leave=False
+    ):
+        written = model.blocks[head.layer].ln1(resid)[:, 0] @ v @ o
+        copied.append(_in_top_k(model, sign * written, tokens[:, 1], k))
+    score = torch.stack(copied).float().mean(-1)
+    return score if heads is not None else score.unflatten(0, (-1, model.cfg.n_heads))
+
+
+@torch.no_grad()
+def name_copying_in_place(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    positions: Int[Tensor, "prompt"],
+    heads: Iterable[tuple[int, int]] | None = None,
+    k: int = 5,
+    sign: int = 1,
+) -> Float[Tensor, "prompt *heads"]:
+    """`name_copying_score` with what the head reads in the prompt itself: 1 if copied, else 0.
+
+    The head's value vector at one position of each prompt goes through W_O, the last LayerNorm
+    and the unembedding: is the token that stands there among the top `k`? Gives
+    [prompt layer head], or [prompt n] for a list of heads. Raises as `name_copying_score`, and
+    ValueError for positions that are not one of the prompt's own for each prompt.
+    """
+    chosen = check_heads(model, all_heads(model) if heads is None else heads)
+    _check_rank_and_sign(model, k, sign)
+    check_tokens(model, tokens)
+    if positions.shape != (len(tokens),) or positions.is_floating_point():
+        raise ValueError(f"positions must be [{len(tokens)}] integers, got {positions}")
+    if positions.min() < 0 or positions.max() >= tokens.shape[1]:
+        raise ValueError(f"positions must lie in 0..{tokens.shape[1] - 1}, got {positions}")
+    prompt, positions = torch.arange(len(tokens)), positions.to(tokens.device)
+    own = tokens[prompt, positions].to(model.cfg.device)
+    cache = cache_heads(model, tokens, ["v"])
+    copied = []
+    for head, o in tqdm(
+        list(zip(chosen, ov_weights(model, chosen)[1], strict=True)), desc="copying", leave=False
+    ):
+        v = cache["v", head.layer][prompt, positions, key_value_head(model, head).head]
+        copied.append(_in_top_k(model, sign * v @ o, own, k))
+    copied = torch.stack(copied, dim=1).float()
+    return copied if heads is not None else copied.unflatten(1, (-1, model.cfg.n_heads))
+
+
 def _own_share(
     model: TransformerBridge, layer: int, cache: ActivationCache, raises: Tensor
 ) -> Float[Tensor, "prompt head"]:
@@ -109,3 +183,32 @@ def _own_share(
     attention = pattern[..., 1:].sum(-2)  # what each token receives, over all destinations
     own = (attention * raised.diagonal(dim1=-2, dim2=-1)).sum(-1)
     return own / (attention * raised.sum(-1)).sum(-1).clamp_min(1e-12)
+
+
+def _in_top_k(
+    model: TransformerBridge,
+    written: Float[Tensor, "n d_model"],
+    own: Int[Tensor, "n"],
+    k: int,
+) -> Bool[Tensor, "n"]:
+    """Whether each own token is among the `k` largest logits that what is written would give."""
+    resid, w_u, b_u = model.ln_final(written[:, None])[:, 0], model.W_U, model.b_U
+    own_logit = (resid * w_u[:, own].T).sum(-1) + b_u[own]
+    ahead = torch.zeros_like(own)
+    alive = torch.arange(len(own), device=own.device)
+    # most rows have k tokens ahead within the first part of the vocabulary: no need to go on
+    for part in torch.arange(w_u.shape[1], device=own.device).split(4096):
+        columns = slice(int(part[0]), int(part[-1]) + 1)
+        logits = resid[alive] @ w_u[:, columns] + b_u[columns]
+        # a tie counts against: a head that writes nothing copies nothing
+        passes = (logits >= own_logit[alive, None]) & (part != own[alive, None])
+        ahead[alive] += passes.sum(-1)
+        alive = alive[ahead[alive] < k]
+    return ahead < k
+
+
+def _check_rank_and_sign(model: TransformerBridge, k: int, sign: int) -> None:
+    if not 1 <= k <= model.cfg.d_vocab:
+        raise ValueError(f"k must be between 1 and {model.cfg.d_vocab}, got {k}")
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, got {sign}")

@@ -1,4 +1,4 @@
-"""Metrics: per-token loss, in-context-learning score, logit difference, means with errors."""
+"""Metrics: losses, in-context-learning score, answers' logits and ranks, means with errors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -124,10 +124,7 @@ def logit_diff(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Logit of the right minus logit of the wrong answer at the last position, per prompt."""
-    if logits.ndim != 3:
-        raise ValueError(f"logits must have shape [prompt pos vocab], got {tuple(logits.shape)}")
-    if answers.shape != (len(logits), 2):
-        raise ValueError(f"answers must have shape [{len(logits)} 2], got {list(answers.shape)}")
+    _check_answers(logits, answers)
     right, wrong = logits[:, -1].gather(1, answers.to(logits.device)).unbind(1)
     return right - wrong
 
@@ -153,3 +150,47 @@ def normalised_effect(
         raise ValueError("clean and corrupted have the same mean: there is no effect to restore")
     start = corrupted.reshape(-1, *[1] * (patched.ndim - 1))
     return (patched - start) / gap
+
+
+def accuracy(
+    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
+) -> Float[Tensor, "prompt"]:
+    """1 where the right answer's logit is above the wrong one's at the last position, else 0."""
+    return (logit_diff(logits, answers) > 0).float()
+
+
+def answer_probability(
+    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
+) -> Float[Tensor, "prompt"]:
+    """Probability of the right answer, among all tokens, at the last position."""
+    _check_answers(logits, answers)
+    right = answers[:, :1].to(logits.device)
+    return logits[:, -1].softmax(-1).gather(1, right)[:, 0]
+
+
+def answer_rank(
+    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
+) -> Int[Tensor, "prompt"]:
+    """Rank of the right answer at the last position: 1 when no token has a higher logit."""
+    _check_answers(logits, answers)
+    last = logits[:, -1]
+    return 1 + (last > last.gather(1, answers[:, :1].to(logits.device))).sum(1)
+
+
+def correlation(x: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> float:
+    """Pearson correlation; ValueError unless both are vectors of one length that vary."""
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(
+            f"x and y must be vectors of one length, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    for name, values in (("x", x), ("y", y)):
+        if len(values) < 2 or (values == values[0]).all():
+            raise ValueError(f"{name} must vary, got {len(values)} values all the same")
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
+
+
+def _check_answers(logits: Tensor, answers: Tensor) -> None:
+    if logits.ndim != 3:
+        raise ValueError(f"logits must have shape [prompt pos vocab], got {tuple(logits.shape)}")
+    if answers.shape != (len(logits), 2):
+        raise ValueError(f"answers must have shape [{len(logits)} 2], got {list(answers.shape)}")

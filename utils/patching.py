@@ -6,7 +6,7 @@ Only what a patch can change is run again (`utils.replay`); the results are thos
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby, product
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +15,37 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.heads import Head, cache_heads
+from utils.metrics import last_position_hooks, logit_diff
 from utils.prompts import check_tokens
-from utils.replay import Replay
+from utils.replay import Metric, Replay
 
 SITES = ("z", "q", "k", "v", "pattern")
-LAST = slice(-1, None)
-Metric = Callable[[Float[Tensor, "prompt 1 vocab"]], Float[Tensor, "prompt"]]
+SUBLAYERS = ("resid_pre", "attn_out", "mlp_out")
+
+
+class LogitDiff:
+    """`metrics.logit_diff` with these answers, as a metric for sweeps: [prompt 2], right and wrong.
+
+    It reads two columns of the unembedding, so that a sweep need not compute the others: in a
+    small model they are a large part of the work. Raises ValueError for answers of another shape.
+    """
+
+    def __init__(self, answers: Int[Tensor, "prompt 2"]):
+        if answers.ndim != 2 or answers.shape[1] != 2:
+            raise ValueError(f"answers must have shape [prompt 2], got {tuple(answers.shape)}")
+        self.answers = answers
+
+    def __call__(self, logits: Float[Tensor, "prompt pos vocab"]) -> Float[Tensor, "prompt"]:
+        return logit_diff(logits, self.answers)
+
+    def of_normed(
+        self, model: TransformerBridge, normed: Float[Tensor, "copy prompt d_model"]
+    ) -> Float[Tensor, "copy prompt"]:
+        """The same from what the unembedding reads, the final residual stream after `ln_final`."""
+        right, wrong = self.answers.to(normed.device).unbind(1)
+        direction = model.W_U[:, right] - model.W_U[:, wrong]
+        offset = model.b_U[right] - model.b_U[wrong]
+        return torch.einsum("cpd,dp->cp", normed, direction) + offset
 
 
 @torch.no_grad()
@@ -34,31 +59,59 @@ def patch_residual(
 ) -> Float[Tensor, "prompt layer pos"]:
     """The metric with the residual stream before each layer patched at each position.
 
-    One run of the corrupted prompts per cell. `metric` gets the logits of the last position alone,
+    One intervention per cell. `metric` gets the logits of the last position alone,
     [prompt 1 vocab]. Default: all positions and layers. Raises ValueError for prompts that differ
     in shape, for positions or layers out of range, and for a metric that is not one per prompt.
     """
-    _check_pair(model, clean, corrupted)
+    return patch_sublayer(model, clean, corrupted, metric, "resid_pre", positions, layers)
+
+
+@torch.no_grad()
+def patch_sublayer(
+    model: TransformerBridge,
+    clean: Int[Tensor, "prompt pos"],
+    corrupted: Int[Tensor, "prompt pos"],
+    metric: Metric,
+    site: str,
+    positions: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Float[Tensor, "prompt layer pos"]:
+    """As `patch_residual`, for the output of each attention ("attn_out") or MLP ("mlp_out").
+
+    Raises ValueError also for another site, and for "mlp_out" in a model without MLPs.
+    """
+    check_pair(model, clean, corrupted)
     n_layers, n_positions = model.cfg.n_layers, clean.shape[1]
     layers = list(range(n_layers)) if layers is None else list(layers)
     positions = list(range(n_positions)) if positions is None else list(positions)
     _check_range("layers", layers, n_layers)
     _check_range("positions", positions, n_positions)
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-    cache = model.run_with_cache(clean, names_filter=names)[1]
+    names = [f"blocks.{layer}.hook_{site}" for layer in layers]
+    if site not in SUBLAYERS or names[0] not in model.hook_dict:
+        raise ValueError(f"site must be one of {SUBLAYERS} that the model has, got {site!r}")
+    with model.hooks(fwd_hooks=last_position_hooks()):
+        cache = model.run_with_cache(clean, names_filter=names)[1]
     recorded = Replay(model, corrupted)
+    unpatched = recorded.measure(metric, [])[0]
+    values = unpatched[:, None, None].repeat(1, len(layers), len(positions))
+    changed = (clean != corrupted).cumsum(1).any(0)
     column = torch.arange(n_positions, device=corrupted.device).expand_as(corrupted)
-    values = []
-    for name, pos in tqdm(list(product(names, positions)), desc="patching", leave=False):
+    for index, pos in enumerate(tqdm(positions, desc="patching", leave=False)):
+        if not changed[pos]:  # left of the first difference both runs are the same
+            continue
         start = recorded.first_position(column == pos)
 
-        def patch(resid: Tensor, hook, source=cache[name][:, pos], at=pos - start) -> Tensor:
-            resid = resid.clone()
-            resid[:, at] = source
-            return resid
+        def patch(name: str, pos=pos, start=start) -> Callable:
+            def hook_fn(activation: Tensor, hook) -> Tensor:
+                activation = activation.clone()
+                activation[:, pos - start] = cache[name][:, pos]
+                return activation
 
-        values.append(_per_prompt(metric, recorded.run([(name, patch)], start, LAST)))
-    return torch.stack(values, dim=1).unflatten(1, (len(layers), len(positions)))
+            return hook_fn
+
+        patches = [[(name, patch(name))] for name in names]
+        values[:, :, index] = recorded.sweep(metric, patches, start).T
+    return values
 
 
 @torch.no_grad()
@@ -79,24 +132,15 @@ def patch_heads(
     of the last position alone, [prompt 1 vocab]. Raises ValueError for an unknown site or head,
     prompts that differ in shape, and a metric that is not one per prompt.
     """
-    _check_pair(model, clean, corrupted)
-    n_heads = _n_heads(model, site)
+    check_pair(model, clean, corrupted)
+    n_heads = n_site_heads(model, site)
     every = product(range(model.cfg.n_layers), range(n_heads))
     chosen = _check_site_heads(model, every if heads is None else heads, site)
     cache = cache_heads(model, clean, [site])
     recorded = Replay(model, corrupted)
     start = recorded.first_position(clean != corrupted)
-    values = []
-    with tqdm(total=len(chosen), desc="patching", leave=False) as progress:
-        # the heads of a layer share a run: one copy of the prompts for each
-        for layer, group in groupby(chosen, key=lambda head: head.layer):
-            index = [head.head for head in group]
-            name = f"blocks.{layer}.attn.hook_{site}"
-            hooks = [(name, _patch_copies(cache[name], index, site, start))]
-            logits = recorded.run(hooks, start, LAST, copies=len(index))
-            values += [_per_prompt(metric, copy) for copy in logits.split(len(corrupted))]
-            progress.update(len(index))
-    values = torch.stack(values, dim=1)
+    patches = [_patch(cache, head, site, start) for head in chosen]
+    values = recorded.sweep(metric, patches, start, desc="patching").T
     return values if heads is not None else values.unflatten(1, (model.cfg.n_layers, n_heads))
 
 
@@ -127,33 +171,27 @@ def patch_head_hooks(
     return [(name, hook_for(name, chosen)) for name, chosen in by_layer.items()]
 
 
-def _patch_copies(clean: Tensor, heads: list[int], site: str, start: int) -> Callable:
-    """A hook that patches one head in each copy of the prompts, from position `start` on."""
-    dim = _head_dim(site)
+def _patch(
+    cache: Mapping[str, Tensor], head: Head, site: str, start: int
+) -> list[tuple[str, Callable]]:
+    """A hook that puts one head's clean activation in place, from position `start` on."""
+    name, dim = f"blocks.{head.layer}.attn.hook_{site}", _head_dim(site)
     pos_dim = 3 - dim  # "pattern" is [prompt head dest src], all others [prompt pos head d_head]
-    clean = clean.narrow(pos_dim, start, clean.shape[pos_dim] - start)
+    clean = cache[name].narrow(pos_dim, start, cache[name].shape[pos_dim] - start)
 
-    def patch(activation: Tensor, hook) -> Tensor:
+    def hook_fn(activation: Tensor, hook) -> Tensor:
         activation = activation.clone()
-        for copy, head in zip(activation.split(len(clean)), heads, strict=True):
-            copy.select(dim, head).copy_(clean.select(dim, head))
+        activation.select(dim, head.head).copy_(clean.select(dim, head.head))
         return activation
 
-    return patch
-
-
-def _per_prompt(metric: Metric, logits: Tensor) -> Float[Tensor, "prompt"]:
-    values = metric(logits)
-    if values.shape != (len(logits),):
-        raise ValueError(f"metric must give [prompt] values, got shape {tuple(values.shape)}")
-    return values
+    return [(name, hook_fn)]
 
 
 def _head_dim(site: str) -> int:
     return 1 if site == "pattern" else 2
 
 
-def _n_heads(model: TransformerBridge, site: str) -> int:
+def n_site_heads(model: TransformerBridge, site: str) -> int:
     """How many heads a site has in each layer: fewer for grouped keys and values."""
     if site not in SITES:
         raise ValueError(f"site must be one of {SITES}, got {site!r}")
@@ -164,7 +202,7 @@ def _n_heads(model: TransformerBridge, site: str) -> int:
 def _check_site_heads(
     model: TransformerBridge, heads: Iterable[tuple[int, int]], site: str
 ) -> list[Head]:
-    n_heads, chosen = _n_heads(model, site), [Head(*head) for head in heads]
+    n_heads, chosen = n_site_heads(model, site), [Head(*head) for head in heads]
     if not chosen:
         raise ValueError("heads is empty, give at least one head")
     for head in chosen:
@@ -175,7 +213,7 @@ def _check_site_heads(
     return chosen
 
 
-def _check_pair(model: TransformerBridge, clean: Tensor, corrupted: Tensor) -> None:
+def check_pair(model: TransformerBridge, clean: Tensor, corrupted: Tensor) -> None:
     check_tokens(model, clean, "clean")
     check_tokens(model, corrupted, "corrupted")
     if clean.shape != corrupted.shape:

@@ -10,15 +10,15 @@ Nearly all of each forward pass is the same every time:
               0 1 2 3 4 5      an intervention at layer 2 that changes positions 3 and later
 
 :class:`Replay` records one pass and then re-runs the ``#`` part alone. The numbers are those of
-``model.run_with_hooks`` (same blocks, same hooks, same order of operations).
+``model.run_with_hooks`` (same blocks, same hooks, same order of operations). A sweep takes many
+interventions at once: each is a copy of the prompts, and joins the batch at the block it changes.
 """
-
-from __future__ import annotations
 
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -28,10 +28,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.metrics import last_position_hooks
-from utils.prompts import check_tokens
+from utils.packs import by_copy, in_packs, pack_size
+from utils.prompts import check_tokens, start_token
 
 Hooks = Sequence[tuple[str, Callable]]
 Read = slice | list[int]
+Metric = Callable[[Float[Tensor, "prompt 1 vocab"]], Float[Tensor, "prompt"]]
+MAX_LOGITS = 2**24  # logits held at once: 64 MB in float32
 
 # Along which dimension each argument of a block counts the positions it computes.
 POSITION_DIM = {
@@ -67,23 +70,38 @@ class Replay:
     Args:
         model: a TransformerBridge.
         tokens: ``[prompt pos]``, no padding.
+        hooks: record the run under these hooks (a run with most heads ablated, say).
+        keep: names of hook points whose activations are kept, in ``activations``.
 
     ``Replay(model, tokens).run(hooks)`` gives the logits of
     ``model.run_with_hooks(tokens, fwd_hooks=hooks)`` at the positions asked for.
+    A run applies only the hooks it is given: hand it those of the recording too, for the layers
+    and positions it runs again.
     A model whose blocks cannot be run on their own with the same result is noticed the first time
     (a warning says so) and takes the plain path from then on. Raises as `check_tokens`.
     """
 
-    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]):
+    def __init__(
+        self,
+        model: TransformerBridge,
+        tokens: Int[Tensor, "prompt pos"],
+        hooks: Hooks = (),
+        keep: Sequence[str] = (),
+    ):
         check_tokens(model, tokens)
+        _check_padding(model, tokens)
         self.model, self.tokens = model, tokens
-        self._hidden: list[Float[Tensor, "prompt pos d_model"]] = []
+        self.activations: Mapping[str, Tensor] = {}
+        self.hidden: list[Float[Tensor, "prompt pos d_model"]] = []  # what each block was given
         self._arguments: list[dict[str, Any]] = []
         self._tape = _KeyValueTape()
-        if model in _refused:
+        self._hooks = list(hooks)
+        if hooks and model not in _checked:
+            Replay(model, tokens)  # checks the model without hooks
+        if model in _refused and not keep:
             return
-        recorded = self._record()
-        if model not in _checked:
+        recorded = self._record(keep)
+        if model not in _checked and model not in _refused:
             self._check(recorded)
 
     @property
@@ -114,13 +132,78 @@ class Replay:
 
         Raises ValueError for a hook that is not on a block.
         """
+        layer = self._lowest(hooks)
         if self.model in _refused:
+            below = [hook for hook in self._hooks if layer_of(hook[0]) < layer]
             tokens = self.tokens.repeat(copies, 1)
-            return self.model.run_with_hooks(tokens, fwd_hooks=list(hooks))[:, read]
-        if start and not self._shares_prefix:
-            raise ValueError(f"start: this model shares no prefix, want 0, got {start}")
-        layer = min((_layer_of(name) for name, _ in hooks), default=self.model.cfg.n_layers - 1)
-        return self._run_from(layer, hooks, start, read, copies)
+            return self.model.run_with_hooks(tokens, fwd_hooks=[*below, *hooks])[:, read]
+        return self._unembed(self._run_from([layer] * copies, hooks, start)[:, read])
+
+    def measure(
+        self, metric: Metric, hooks: Hooks, start: int = 0, copies: int = 1
+    ) -> Float[Tensor, "copy prompt"]:
+        """The metric of the last position under ``hooks``, for each of the copies.
+
+        As :meth:`run`; ``metric`` gets the logits of one copy, [prompt 1 vocab]. Raises ValueError
+        also when it does not give one value per prompt.
+        """
+        if self.model in _refused:
+            logits = self.run(hooks, start, slice(-1, None), copies)
+            return torch.stack([_per_prompt(metric, x) for x in logits.split(len(self.tokens))])
+        resid = self._run_from([self._lowest(hooks)] * copies, hooks, start)
+        return self.read_out(metric, resid[:, -1:])
+
+    def sweep(
+        self,
+        metric: Metric,
+        interventions: Sequence[Hooks],
+        start: int = 0,
+        desc: str | None = None,
+    ) -> Float[Tensor, "intervention prompt"]:
+        """The metric of the last position under each of the interventions alone.
+
+        Row i is ``measure(metric, interventions[i], start)[0]``, but many run in one batch, as
+        large as memory allows. ``desc`` names the progress bar (none without).
+        """
+        order = sorted(
+            range(len(interventions)), key=lambda index: self._lowest(interventions[index])
+        )
+
+        def measure(indices: list[int]) -> Float[Tensor, "intervention prompt"]:
+            chosen = [interventions[index] for index in indices]
+            if self.model in _refused:
+                return torch.cat([self.measure(metric, hooks) for hooks in chosen])
+            layers = [self._lowest(hooks) for hooks in chosen]
+            resid = self._run_from(layers, by_copy(chosen, len(self.tokens)), start)
+            return self.read_out(metric, resid[:, -1:])
+
+        size = pack_size(self.model, *self.tokens.shape, start)
+        values = in_packs(order, size, measure, desc)
+        return values[torch.tensor(order, device=values.device).argsort()]
+
+    def read_out(
+        self, metric: Metric, resid: Float[Tensor, "copies*prompt 1 d_model"]
+    ) -> Float[Tensor, "copy prompt"]:
+        """The metric of each copy, from the residual stream above the last block.
+
+        A metric with a method ``of_normed`` (`patching.LogitDiff`) needs no unembedding.
+        """
+        n_prompts, values = len(self.tokens), []
+        if hasattr(metric, "of_normed"):
+            normed = self.model.ln_final(resid)[:, -1]
+            return metric.of_normed(self.model, normed.unflatten(0, (-1, n_prompts)))
+        at_once = max(1, MAX_LOGITS // (n_prompts * self.model.cfg.d_vocab))
+        for some in resid.split(at_once * n_prompts):
+            logits = self._unembed(some)
+            values += [_per_prompt(metric, one) for one in logits.split(n_prompts)]
+        return torch.stack(values)
+
+    def _unembed(self, resid: Float[Tensor, "row read d_model"]) -> Tensor:
+        return self.model.unembed(self.model.ln_final(resid))
+
+    def _lowest(self, hooks: Hooks) -> int:
+        """The lowest block that hooks are on; the last for none."""
+        return min((layer_of(name) for name, _ in hooks), default=self.model.cfg.n_layers - 1)
 
     def first_position(self, changed: Bool[Tensor, "prompt pos"]) -> int:
         """Where to start a run that changes the positions ``changed``: 0 if no prefix is shared."""
@@ -128,48 +211,60 @@ class Replay:
             return 0
         return int(changed.any(dim=0).nonzero()[0])
 
-    def _record(self) -> Float[Tensor, "prompt 1 vocab"]:
-        """Run the prompts once, keeping what each block gets; the logits of the last position."""
+    def _record(self, keep: Sequence[str]) -> Float[Tensor, "prompt 1 vocab"]:
+        """Run the prompts once, noting what each block gets; the logits of the last position."""
 
-        def keep(block, args, kwargs):
+        def note(block, args, kwargs):
             names = inspect.signature(block.original_component.forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
             for name in _CACHE_NAMES & kwargs.keys():
                 kwargs[name] = self._tape
-            self._hidden.append(kwargs.pop("hidden_states"))
+            self.hidden.append(kwargs.pop("hidden_states"))
             self._arguments.append(kwargs)
-            return (self._hidden[-1],), kwargs
+            return (self.hidden[-1],), kwargs
 
         handles = [
-            block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.model.blocks
+            block.register_forward_pre_hook(note, with_kwargs=True) for block in self.model.blocks
         ]
         try:
-            return self.model.run_with_hooks(self.tokens, fwd_hooks=last_position_hooks())
+            with self.model.hooks(fwd_hooks=[*last_position_hooks(), *self._hooks]):
+                if not keep:
+                    return self.model(self.tokens)
+                logits, self.activations = self.model.run_with_cache(
+                    self.tokens, names_filter=list(keep)
+                )
+                return logits
         finally:
             for handle in handles:
                 handle.remove()
 
     def _run_from(
-        self, layer: int, hooks: Hooks, start: int, read: Read, copies: int = 1
-    ) -> Float[Tensor, "copies*prompt read vocab"]:
-        hidden = _repeat(self._hidden[layer][:, start:], copies)
-        self._tape.start, self._tape.copies = start, copies
+        self, layers: Sequence[int], hooks: Hooks, start: int
+    ) -> Float[Tensor, "copies*prompt pos d_model"]:
+        """The residual stream above the last block; copy i joins at block ``layers[i]``."""
+        if start and not self._shares_prefix:
+            raise ValueError(f"start: this model shares no prefix, want 0, got {start}")
+        self._tape.start = start
+        hidden = self.hidden[0][:0, start:]
         with self.model.hooks(fwd_hooks=list(hooks)):
-            for index in range(layer, self.model.cfg.n_layers):
+            for index in range(layers[0], self.model.cfg.n_layers):
+                joining = layers.count(index)
+                hidden = torch.cat([hidden, _repeat(self.hidden[index][:, start:], joining)])
+                self._tape.copies = copies = len(hidden) // len(self.tokens)
                 arguments = {
                     name: _fitted(name, value, start, copies)
                     for name, value in self._arguments[index].items()
                 }
                 out = self.model.blocks[index](hidden, **arguments)
                 hidden = out[0] if isinstance(out, tuple) else out
-            return self.model.unembed(self.model.ln_final(hidden[:, read]))
+        return hidden
 
     def _check(self, recorded: Float[Tensor, "prompt 1 vocab"]) -> None:
         """Replay the upper half from the middle position on: the last logits must not change."""
         layer, middle = self.model.cfg.n_layers // 2, self.tokens.shape[1] // 2
         start = middle if self._shares_prefix else 0
         try:
-            again = self._run_from(layer, [], start, slice(-1, None), copies=2)
+            again = self._unembed(self._run_from([layer] * 2, [], start)[:, -1:])
             exact = torch.allclose(again, _repeat(recorded, 2), atol=1e-3, rtol=1e-4)
         except (TypeError, RuntimeError, AttributeError):
             exact = False
@@ -182,7 +277,52 @@ class Replay:
             )
 
 
-def _layer_of(hook_name: str) -> int:
+@contextmanager
+def given_attention(
+    model: TransformerBridge, outputs: Mapping[int, Float[Tensor, "prompt pos d_model"]]
+) -> Iterator[None]:
+    """Within it, the attention of these layers is not computed: its output is the given one.
+
+    Hooks on the attention's output still see it; those inside the attention are not reached.
+    """
+
+    def give(attention, output: Tensor) -> Callable:
+        return lambda *_, **__: (attention.hook_out(output), None)
+
+    # past the module's own __setattr__, which would change the wrapped Hugging Face module
+    attributes = {layer: vars(model.blocks[layer].attn) for layer in outputs}
+    try:
+        for layer, output in outputs.items():
+            attributes[layer]["forward"] = give(model.blocks[layer].attn, output)
+        yield
+    finally:
+        for of_layer in attributes.values():
+            of_layer.pop("forward", None)
+
+
+def _check_padding(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> None:
+    """Raise for prompts that begin with padding: without a mask they would attend to it."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    # where padding is also the start token, one of them is none
+    leading = tokens[:, : 2 if pad == start_token(model) else 1]
+    padded = (leading == pad).all(1) & (leading.shape[1] < tokens.shape[1])
+    if padded.any():
+        raise ValueError(
+            f"tokens: prompt {int(padded.nonzero()[0])} begins with padding (token {pad}), "
+            "give prompts of one length"
+        )
+
+
+def _per_prompt(metric: Metric, logits: Tensor) -> Float[Tensor, "prompt"]:
+    values = metric(logits)
+    if values.shape != (len(logits),):
+        raise ValueError(f"metric must give [prompt] values, got shape {tuple(values.shape)}")
+    return values
+
+
+def layer_of(hook_name: str) -> int:
     match = re.match(r"blocks\.(\d+)\.", hook_name)
     if match is None:
         raise ValueError(f"hooks: want names like 'blocks.3.attn.hook_z', got {hook_name!r}")

@@ -1,0 +1,98 @@
+"""The benchmark's three ways agree, its work is counted right, and its fits are fits."""
+
+import json
+
+import pytest
+
+from utils import benchmark, benchmark_scaling, benchmark_work
+from utils.benchmark import Row, matmul_rate, table, time_row
+from utils.benchmark_scaling import exponent
+from utils.benchmark_work import block_macs, chunks
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    monkeypatch.setattr(benchmark_work, "N_PROMPTS", 2)
+    monkeypatch.setattr(benchmark_work, "N_REPEATS", 2)
+
+
+@pytest.fixture
+def works(random_gpt2, random_gpt2_hf):
+    pair = (random_gpt2, random_gpt2_hf)
+    heads = [
+        benchmark_work.heads_work(*pair, site, 0.1, site, "s2_io", False)
+        for site in ("z", "q", "k")
+    ]
+    to = benchmark_work.receivers(random_gpt2)[:1]
+    return [
+        *heads,
+        benchmark_work.residual_work(*pair, False),
+        benchmark_work.paths_work(random_gpt2, "logits", (), False),
+        benchmark_work.paths_work(random_gpt2, "queries", to, False),
+        benchmark_work.ablation_work(*pair, False),
+    ]
+
+
+def test_the_three_ways_agree_on_every_row(random_gpt2, works):
+    for work in works:
+        row = time_row(random_gpt2, work)
+        assert row.timed == row.timed_references == row.patches == len(work.patches), work.name
+        assert row.max_abs_diff < 5e-3, work.name  # effects are of order 1 to 100
+        assert row.ours_s > 0 and row.transformer_lens_s > 0 and row.limit_ratio > 0
+
+
+def test_a_way_that_differs_shows(random_gpt2, works):
+    work = works[0]
+    wrong = work.hugging_face
+    work.hugging_face = lambda patches: wrong(patches) + 1
+    assert time_row(random_gpt2, work).max_abs_diff == pytest.approx(1, abs=1e-2)
+
+
+def test_chunks_hold_every_patch_once_and_a_sample_is_spread():
+    patches = [(layer, head) for layer in range(30) for head in range(3)]
+    whole = chunks(patches, 30, quick=False)
+    assert all(ours == references for ours, references in whole)
+    assert sorted(patch for ours, _ in whole for patch in ours) == patches
+    ((ours, few),) = chunks(patches, 30, quick=True)
+    assert set(few) < set(ours) < set(patches)
+    for sample in (ours, few):
+        assert sum(layer for layer, _ in sample) / len(sample) == pytest.approx(14.5, abs=1.1)
+    assert len({head for _, head in few}) == 3
+    residual = [(layer, pos) for layer in range(30) for pos in range(16)]
+    ((ours, few),) = benchmark_work.residual_chunks(residual, 30, quick=True)
+    assert set(few) < set(ours) < set(residual)
+    assert {pos for _, pos in few} == {2, 6, 10, 14}
+
+
+def test_multiply_adds_are_those_of_the_weights(random_gpt2, random_gpt2_hf):
+    block = random_gpt2_hf.transformer.h[0]
+    sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 2) for m in (block.mlp, block.attn)]
+    assert list(block_macs(random_gpt2)) == sizes
+    assert matmul_rate(random_gpt2) > 1e6
+
+
+def test_exponents():
+    assert exponent([1, 2, 4], (3.0, 12.0, 48.0)) == pytest.approx(2)
+
+
+def test_report(tmp_path, monkeypatch, random_gpt2, works, capsys):
+    """The command from end to end, on two rows of a small model."""
+    monkeypatch.setattr(benchmark, "BUILD", tmp_path)
+    monkeypatch.setattr(benchmark, "smollm2_works", lambda quick: (random_gpt2, works[:1]))
+    monkeypatch.setattr(benchmark, "gpt2_works", lambda quick: (random_gpt2, works[-1:]))
+    small = {"layers": 2, "positions": 4, "prompts": 2, "patches": 2}
+    monkeypatch.setattr(benchmark_scaling, "BASE", small)
+    monkeypatch.setattr("sys.argv", ["benchmark", "--quick"])
+    benchmark.main()
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(report) == {"machine", "quick", "rows", "scaling"}
+    row = report["rows"][0]
+    keys = {"work", "ours_s", "transformer_lens_s", "ratio", "target", "max_abs_diff"}
+    assert keys | {"limit_ratio"} <= set(row)
+    assert row["ratio"] == pytest.approx(row["ours_s"] / row["transformer_lens_s"])
+    assert set(report["scaling"]) == set(small)
+    assert "plotly" in (tmp_path / "benchmark.html").read_text()
+    rows = [Row(**row) for row in report["rows"]]
+    assert table(rows, report["scaling"]) in capsys.readouterr().out

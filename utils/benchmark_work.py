@@ -1,0 +1,252 @@
+"""What the benchmark times: each row's patches, our sweep, and the loops it is compared with."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from utils.ablation import head_means, losses, mean_ablation_hooks
+from utils.benchmark_references import (
+    hugging_face_ablation,
+    hugging_face_loop,
+    transformer_lens_loop,
+    two_pass_recipe,
+)
+from utils.heads import Head
+from utils.ioi import ioi_prompts
+from utils.metrics import half_losses, per_token_loss
+from utils.models import load_hf, load_model
+from utils.patching import LogitDiff, patch_heads, patch_residual
+from utils.paths import path_patch
+from utils.prompts import repeated_tokens
+
+Patch = tuple[int, int]  # layer, and head or position
+Chunk = tuple[list[Patch], list[Patch]]  # for ours; for the references: the same, or some of them
+Sweep = Callable[[Sequence[Patch]], Tensor]  # one value per patch
+N_PROMPTS = 16
+N_REPEATS, SEQ_LEN = 8, 25
+SHARED, NOT_SHARED = "s2_io", "abc"  # corruptions that differ from S2 on, and from the first name
+
+
+@dataclass
+class Work:
+    """One row: patches, the ways to run some of them, and what ours has to multiply for each."""
+
+    name: str
+    target: float
+    patches: list[Patch]
+    chunks: list[Chunk]  # timed by each way in turn
+    ours: Sweep
+    transformer_lens: Sweep
+    hugging_face: Sweep | None
+    macs: Callable[[Patch], float]  # multiply-adds
+
+
+def smollm2_works(quick: bool) -> tuple[TransformerBridge, list[Work]]:
+    """All rows of SmolLM2-135M."""
+    model, hf = load_model("smollm2-135m"), load_hf("smollm2-135m")[0].model
+    hf.to(next(model.parameters()).device)
+    return model, [
+        heads_work(model, hf, "head output, shared prefix", gpu(0.08, 0.11), "z", SHARED, quick),
+        heads_work(model, hf, "head output, no shared prefix", 0.35, "z", NOT_SHARED, quick),
+        residual_work(model, hf, quick),
+        heads_work(model, hf, "queries", 0.15, "q", SHARED, quick),
+        heads_work(model, hf, "keys, per key/value head", 0.15, "k", SHARED, quick),
+        heads_work(model, hf, "values, per key/value head", 0.15, "v", SHARED, quick),
+        paths_work(model, "paths to the logits", (), quick),
+        paths_work(model, "paths to queries", receivers(model), quick),
+        ablation_work(model, hf, quick),
+    ]
+
+
+def gpt2_works(quick: bool) -> tuple[TransformerBridge, list[Work]]:
+    """GPT-2 small's shape with random weights, and SmolLM2's tokenizer."""
+    tokenizer = load_hf("smollm2-135m")[0].tokenizer
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.1)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model = load_model(folder)
+    hf.to(next(model.parameters()).device)
+    name = "head output, GPT-2 small's shape"
+    return model, [heads_work(model, hf, name, 0.15, "z", SHARED, quick)]
+
+
+def gpu(target: float, otherwise: float) -> float:
+    return target if torch.cuda.is_available() else otherwise
+
+
+def receivers(model: TransformerBridge) -> tuple[Head, Head]:
+    """Two heads in the upper third, one layer apart."""
+    layer = 2 * model.cfg.n_layers // 3
+    return Head(layer, 0), Head(layer + 1, 1)
+
+
+def heads_work(
+    model: TransformerBridge,
+    hf: PreTrainedModel,
+    name: str,
+    target: float,
+    site: str,
+    corruption: str,
+    quick: bool,
+) -> Work:
+    """Every head at a site, from the clean run into the corrupted one."""
+    prompts, metric = _task(model)
+    pair = (prompts.tokens, prompts.corrupted[corruption])
+    n_layers = model.cfg.n_layers
+    n_heads = model.cfg.n_heads if site in "zq" else _n_key_value_heads(model)
+    patches = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    rows = N_PROMPTS * _n_changed(*pair)
+    return Work(
+        name,
+        target,
+        patches,
+        chunks(patches, n_layers, quick),
+        lambda chosen: patch_heads(model, *pair, metric, site, chosen).mean(0),
+        transformer_lens_loop(model, *pair, metric, site),
+        hugging_face_loop(hf, *pair, metric, site),
+        lambda patch: (n_layers - patch[0]) * rows * sum(block_macs(model)),
+    )
+
+
+def residual_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) -> Work:
+    """The residual stream before every layer at every position."""
+    prompts, metric = _task(model)
+    pair = (prompts.tokens, prompts.corrupted[SHARED])
+    n_layers, n_positions = model.cfg.n_layers, pair[0].shape[1]
+    first = n_positions - _n_changed(*pair)
+    patches = [(layer, pos) for layer in range(n_layers) for pos in range(n_positions)]
+
+    def ours(chosen: Sequence[Patch]) -> Tensor:
+        layers, at = (sorted(set(part)) for part in zip(*chosen, strict=True))
+        return patch_residual(model, *pair, metric, at, layers).mean(0).flatten()
+
+    def macs(patch: Patch) -> float:
+        layer, pos = patch
+        rows = N_PROMPTS * (n_positions - pos) * (pos >= first)
+        return (n_layers - layer) * rows * sum(block_macs(model))
+
+    return Work(
+        "residual stream, layer by position",
+        0.20,
+        patches,
+        residual_chunks(patches, n_layers, quick),
+        ours,
+        transformer_lens_loop(model, *pair, metric, "resid_pre"),
+        hugging_face_loop(hf, *pair, metric, "resid_pre"),
+        macs,
+    )
+
+
+def paths_work(model: TransformerBridge, name: str, to: Sequence[Head], quick: bool) -> Work:
+    """Every head to the logits, or to the queries of some heads at the last position."""
+    prompts, metric = _task(model)
+    original, new = prompts.tokens, prompts.corrupted[NOT_SHARED]
+    n_layers = model.cfg.n_layers
+    top = max((head.layer for head in to), default=n_layers)
+    lowest = min((head.layer for head in to), default=n_layers)
+    patches = [(layer, head) for layer in range(top) for head in range(model.cfg.n_heads)]
+    mlp, attention = block_macs(model)
+    options = {"receivers": to, "site": "q", "positions": prompts.positions["END"]} if to else {}
+    return Work(
+        name,
+        0.15,
+        patches,
+        chunks(patches, top, quick),
+        lambda chosen: path_patch(model, original, new, metric, chosen, **options).mean(0),
+        two_pass_recipe(model, original, new, metric, to),
+        None,
+        lambda patch: (
+            N_PROMPTS * ((top - patch[0]) * mlp + (n_layers - lowest) * (mlp + attention))
+        ),
+    )
+
+
+def ablation_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) -> Work:
+    """Every head's output replaced by its mean; the loss on the second copy of repeated tokens."""
+    tokens = repeated_tokens(model, N_REPEATS, SEQ_LEN)
+    means = head_means(model, tokens, per_position=False)
+    columns = range(SEQ_LEN + 1, 2 * SEQ_LEN)
+    cfg = model.cfg
+    patches = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+
+    def ours(chosen: Sequence[Patch]) -> Tensor:
+        hooks = {patch: mean_ablation_hooks([patch], means) for patch in chosen}
+        found = losses(model, tokens, hooks, columns)
+        return torch.stack([half_losses(loss, SEQ_LEN).second.mean() for loss in found.values()])
+
+    def transformer_lens(chosen: Sequence[Patch]) -> Tensor:
+        found = [per_token_loss(model, tokens, mean_ablation_hooks([p], means)) for p in chosen]
+        return torch.stack([half_losses(loss, SEQ_LEN).second.mean() for loss in found])
+
+    def second_half(logits: Tensor) -> Tensor:
+        log_probs = logits[:, SEQ_LEN + 1 : -1].log_softmax(-1)
+        return -log_probs.gather(2, tokens[:, SEQ_LEN + 2 :, None].to(logits.device))
+
+    unembedded = N_REPEATS * len(columns) * cfg.d_model * cfg.d_vocab
+    rows = N_REPEATS * tokens.shape[1]
+    return Work(
+        "mean ablation, loss on the second copy",
+        0.45,
+        patches,
+        chunks(patches, cfg.n_layers, quick),
+        ours,
+        transformer_lens,
+        hugging_face_ablation(hf, second_half, tokens),
+        lambda patch: (cfg.n_layers - patch[0]) * rows * sum(block_macs(model)) + unembedded,
+    )
+
+
+def chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
+    """All patches, in groups spread over the layers; quick: one group, few for the references."""
+    groups = _strided(range(n_layers))
+    if not quick:
+        found = [[patch for patch in patches if patch[0] in group] for group in groups]
+        return [(group, group) for group in found]
+    ours = [patch for patch in patches if patch[0] in groups[len(groups) // 2]]
+    n_each = len(ours) // len(groups[len(groups) // 2])
+    # another head in each layer
+    few = [ours[i * n_each + i % n_each] for i in range(len(ours) // n_each)]
+    return [(ours, few)]
+
+
+def residual_chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
+    """As `chunks`; the references get every fourth position of every other layer."""
+    found = chunks(patches, n_layers, quick)
+    if not quick:
+        return found
+    ours = found[0][0]
+    layers = sorted({layer for layer, _ in ours})[::2]
+    return [(ours, [(layer, pos) for layer, pos in ours if layer in layers and pos % 4 == 2])]
+
+
+def _strided(layers: Sequence[int], n: int = 6) -> list[list[int]]:
+    return [list(layers[i::n]) for i in range(min(n, len(layers)))]
+
+
+def block_macs(model: TransformerBridge) -> tuple[int, int]:
+    """Multiply-adds of one position in a block's MLP and in its attention's projections."""
+    cfg = model.cfg
+    matrices = 3 if cfg.gated_mlp else 2
+    projections = 2 * cfg.n_heads + 2 * _n_key_value_heads(model)
+    return matrices * cfg.d_model * cfg.d_mlp, projections * cfg.d_model * cfg.d_head
+
+
+def _n_key_value_heads(model: TransformerBridge) -> int:
+    return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
+
+
+def _n_changed(clean: Tensor, corrupted: Tensor) -> int:
+    """Positions from the first one that differs on."""
+    return clean.shape[1] - int((clean != corrupted).any(0).nonzero()[0])
+
+
+def _task(model: TransformerBridge):
+    prompts = ioi_prompts(model, N_PROMPTS)
+    return prompts, LogitDiff(prompts.answers)
