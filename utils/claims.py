@@ -268,9 +268,9 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 3.2",
         "4 heads; attention to S2 0.51",
         GPT2,
-        "Measured: share of the logit difference lost along the path from the strongest head to the "
-        "name movers' queries. Holds when it passes the threshold, and the head attends to S2 more "
-        "than to IO.",
+        "Measured: share of the logit difference lost along the path from the strongest head to "
+        "the name movers' queries. Holds when it passes the threshold, and the head attends to S2 "
+        "more than to IO.",
     ),
     "ioi.s_inhibition_signal": Claim(
         "What S-inhibition heads carry is more the position of the subject than its name",
