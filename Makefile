@@ -24,7 +24,7 @@ notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.h
 test: $(INSTALLED) ## run every test, the notebooks included
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
 
-benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: three minutes)
+benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a sample)
 	$(VENV_PYTHON) -m utils.benchmark $(ARGS)
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed

@@ -119,7 +119,7 @@ def _rows(roles: Mapping[str, Sequence[object]], levels: Mapping[str, int]) -> l
 
 
 def _box(name: str, heads: Sequence[object], level: int, room: float) -> Box:
-    title = textwrap.wrap(name, max(8, int(room / TITLE_CHAR)))
+    title = textwrap.wrap(name.replace("_", " "), max(8, int(room / TITLE_CHAR)))
     words = [str(head) for head in heads]
     longest = max((len(word) for word in words), default=0) + 2
     fits = max(1, min(MAX_PER_LINE, int(room / (longest * HEAD_CHAR))))
