@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from utils.models import load_hf, load_model
 
@@ -55,6 +56,24 @@ def random_gpt2(random_gpt2_folder):
 def random_gpt2_hf(random_gpt2_folder):
     """That model, untouched, for reference computations."""
     return load_hf(str(random_gpt2_folder))[0].model
+
+
+@pytest.fixture(scope="session")
+def random_bridge(smollm2):
+    """A function from a configuration to a model with random weights, in compatibility mode."""
+
+    def build(config):
+        torch.manual_seed(0)
+        bridge = TransformerBridge.boot_transformers(
+            "random",
+            hf_model=AutoModelForCausalLM.from_config(config),
+            tokenizer=smollm2.tokenizer,
+            dtype=torch.float32,
+        )
+        bridge.enable_compatibility_mode()
+        return bridge.eval()
+
+    return build
 
 
 @pytest.fixture(scope="session")

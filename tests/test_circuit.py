@@ -9,6 +9,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils import circuit as c
+from utils import masks
 from utils.heads import Head, all_heads
 from utils.ioi import IOIPrompts
 from utils.metrics import last_position_hooks, logit_diff
@@ -319,6 +320,15 @@ def test_the_papers_circuit():
 def test_a_head_in_two_roles_is_two_nodes():
     assert len(c.nodes(CIRCUIT)) == 5
     assert {(Head(1, 2), "S2"), (Head(1, 2), "END")} <= c.nodes(CIRCUIT)
+
+
+def test_a_mask_that_spares_what_the_recording_ablates_is_refused(gpt2_case):
+    model, prompts, means, _ = gpt2_case
+    all_of_it = torch.ones(4, model.cfg.n_layers, N_POSITIONS, model.cfg.n_heads, dtype=torch.bool)
+    none_of_it = torch.zeros_like(all_of_it)
+    masks.masked_logit_diffs(model, prompts, means, [none_of_it, all_of_it])
+    with pytest.raises(ValueError, match="every mask must ablate what the first does"):
+        masks.masked_logit_diffs(model, prompts, means, [all_of_it, none_of_it])
 
 
 def test_keep_mask_marks_each_prompts_own_position(random_gpt2):

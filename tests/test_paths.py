@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from utils import paths
 from utils.heads import Head, all_heads, key_value_head
@@ -13,16 +12,6 @@ from utils.paths import path_patch
 pytestmark = pytest.mark.usefixtures("no_grad")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 N_TOKENS = 100  # a small vocabulary: unembedding is not what is tested
-
-
-def _random_model(config, tokenizer):
-    torch.manual_seed(0)
-    hf_model = AutoModelForCausalLM.from_config(config)
-    bridge = TransformerBridge.boot_transformers(
-        "random", hf_model=hf_model, tokenizer=tokenizer, dtype=torch.float32
-    )
-    bridge.enable_compatibility_mode()
-    return bridge.eval()
 
 
 # weights large enough for every path to matter
@@ -35,17 +24,17 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def llama(smollm2):
+def llama(random_bridge):
     """Grouped keys and values: four query heads share one."""
     config = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, vocab_size=N_TOKENS, **SIZES)
-    return _random_model(config, smollm2.tokenizer)
+    return random_bridge(config)
 
 
 @pytest.fixture(scope="module")
-def neox(smollm2):
+def neox(random_bridge):
     """Attention and MLP in parallel, partly rotary, LayerNorm with biases."""
     config = GPTNeoXConfig(num_attention_heads=4, vocab_size=N_TOKENS, **SIZES)
-    return _random_model(config, smollm2.tokenizer)
+    return random_bridge(config)
 
 
 @pytest.fixture(params=["random_gpt2", "llama", "neox", "toy2"])

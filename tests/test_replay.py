@@ -4,8 +4,7 @@ import warnings
 
 import pytest
 import torch
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from utils import replay
 from utils.metrics import logit_diff
@@ -16,18 +15,8 @@ from utils.replay import Replay
 FIRST = 6  # first position the interventions below change
 
 
-def _random_model(config, tokenizer):
-    torch.manual_seed(0)
-    hf_model = AutoModelForCausalLM.from_config(config)
-    bridge = TransformerBridge.boot_transformers(
-        "random", hf_model=hf_model, tokenizer=tokenizer, dtype=torch.float32
-    )
-    bridge.enable_compatibility_mode()
-    return bridge.eval()
-
-
 @pytest.fixture(scope="module")
-def llama(smollm2):
+def llama(smollm2, random_bridge):
     """Grouped keys and values: four query heads share one."""
     config = LlamaConfig(
         num_hidden_layers=3,
@@ -37,11 +26,11 @@ def llama(smollm2):
         intermediate_size=96,
         vocab_size=smollm2.cfg.d_vocab,
     )
-    return _random_model(config, smollm2.tokenizer)
+    return random_bridge(config)
 
 
 @pytest.fixture(scope="module")
-def neox(smollm2):
+def neox(smollm2, random_bridge):
     """Attention and MLP in parallel, partly rotary, LayerNorm with biases."""
     config = GPTNeoXConfig(
         num_hidden_layers=3,
@@ -50,7 +39,7 @@ def neox(smollm2):
         intermediate_size=96,
         vocab_size=smollm2.cfg.d_vocab,
     )
-    return _random_model(config, smollm2.tokenizer)
+    return random_bridge(config)
 
 
 @pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])

@@ -14,7 +14,7 @@ from transformer_lens.tools.analysis import direct_logit_attribution as by_compo
 
 from utils.heads import Head, all_heads, check_heads
 from utils.metrics import last_position_hooks, token_batches
-from utils.patching import Metric
+from utils.patching import Metric, check_pair
 from utils.prompts import check_tokens
 
 HEAD_SITES = ("z", "q", "k", "v")
@@ -166,13 +166,7 @@ def attribution_patching(
     metric that is not one differentiable value per prompt.
     """
     names = _site_names(model, site)
-    check_tokens(model, clean, "clean")
-    check_tokens(model, corrupted, "corrupted")
-    if clean.shape != corrupted.shape:
-        raise ValueError(
-            f"clean and corrupted must have one shape, got {tuple(clean.shape)} "
-            f"and {tuple(corrupted.shape)}"
-        )
+    check_pair(model, clean, corrupted)
     with torch.no_grad():
         wanted = _cache(model, clean, names)
     found: dict[str, Tensor] = {}

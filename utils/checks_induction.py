@@ -5,8 +5,6 @@ Those of part A are in `checks_toy`, those of part B below.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from utils.checks_toy import (
     progress,
     sharpest_drop,
 )
+from utils.exercises import run_hook, set_at
 
 __all__ = [
     "EXERCISES",
@@ -73,23 +72,9 @@ icl_score = EXERCISES.add(
 )
 
 
-def _run_hook(answer: Callable, z: Tensor, *args: object) -> Tensor:
-    """The activation after the learner's hook; TransformerLens takes a hook without `return` as
-    one that edits in place."""
-    edited = z.clone()
-    returned = answer(edited, None, *args)
-    return edited if returned is None else returned
-
-
 def _z_cases() -> dict[str, tuple]:
     z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(8))
     return {"head 1 of 3": (z, 1), "head 2 of 3": (z, 2)}
-
-
-def _set(z: Tensor, index: tuple, value: object) -> Tensor:
-    z = z.clone()
-    z[index] = value
-    return z
 
 
 ALL = slice(None)
@@ -97,9 +82,9 @@ ALL = slice(None)
 zero_ablation = EXERCISES.add(
     number=8,
     title="zero ablation",
-    reference=lambda z, hook, head: _set(z, (ALL, ALL, head), 0.0),
+    reference=lambda z, hook, head: set_at(z, (ALL, ALL, head), 0.0),
     cases=_z_cases,
-    run=_run_hook,
+    run=run_hook,
     mistakes={
         "nothing": (
             lambda z, hook, head: z,
@@ -107,16 +92,16 @@ zero_ablation = EXERCISES.add(
             "edited copy.",
         ),
         "position": (
-            lambda z, hook, head: _set(z, (ALL, head), 0.0),
+            lambda z, hook, head: set_at(z, (ALL, head), 0.0),
             "You zeroed a position instead of a head: heads are the third axis, `z[:, :, head]`.",
         ),
         "prompt": (
-            lambda z, hook, head: _set(z, (head % 2,), 0.0),
+            lambda z, hook, head: set_at(z, (head % 2,), 0.0),
             "You zeroed a whole prompt instead of a head: heads are the third axis, "
             "`z[:, :, head]`.",
         ),
         "dimension": (
-            lambda z, hook, head: _set(z, (..., head), 0.0),
+            lambda z, hook, head: set_at(z, (..., head), 0.0),
             "You zeroed one dimension of every head: heads are the third axis, `z[:, :, head]`.",
         ),
         "all heads": (
@@ -124,15 +109,15 @@ zero_ablation = EXERCISES.add(
             "You zeroed every head of the layer; only `head` should go.",
         ),
         "other heads": (
-            lambda z, hook, head: _set(torch.zeros_like(z), (ALL, ALL, head), z[:, :, head]),
+            lambda z, hook, head: set_at(torch.zeros_like(z), (ALL, ALL, head), z[:, :, head]),
             "You kept `head` and zeroed all the others: it is the other way round.",
         ),
         "last position": (
-            lambda z, hook, head: _set(z, (ALL, -1, head), 0.0),
+            lambda z, hook, head: set_at(z, (ALL, -1, head), 0.0),
             "You zeroed the head at the last position only; ablation takes it out everywhere.",
         ),
         "mean": (
-            lambda z, hook, head: _set(z, (ALL, ALL, head), z[:, :, head].mean(0, keepdim=True)),
+            lambda z, hook, head: set_at(z, (ALL, ALL, head), z[:, :, head].mean(0, keepdim=True)),
             "That is a mean ablation; here the output is set to zero.",
         ),
     },
@@ -147,7 +132,7 @@ def _mean_cases() -> dict[str, tuple]:
 
 
 def _with_head(z: Tensor, head: int, value: object) -> Tensor:
-    return _set(z, (ALL, ALL, head), value)
+    return set_at(z, (ALL, ALL, head), value)
 
 
 mean_ablation = EXERCISES.add(
@@ -155,7 +140,7 @@ mean_ablation = EXERCISES.add(
     title="mean ablation",
     reference=lambda z, hook, head, reference: _with_head(z, head, reference[:, :, head].mean(0)),
     cases=_mean_cases,
-    run=_run_hook,
+    run=run_hook,
     mistakes={
         "nothing": (
             lambda z, hook, head, reference: z,
@@ -261,7 +246,7 @@ def _patch_cases() -> dict[str, tuple]:
 
 
 def _patched(activation: Tensor, clean: Tensor, index: int) -> Tensor:
-    return _set(activation, (ALL, ALL, index), clean[:, :, index])
+    return set_at(activation, (ALL, ALL, index), clean[:, :, index])
 
 
 patch_head_input = EXERCISES.add(
@@ -271,7 +256,7 @@ patch_head_input = EXERCISES.add(
         activation, clean, head // (n_heads // activation.shape[2])
     ),
     cases=_patch_cases,
-    run=_run_hook,
+    run=run_hook,
     mistakes={
         "nothing": (
             lambda activation, hook, clean, head, n_heads: activation,
@@ -297,7 +282,7 @@ patch_head_input = EXERCISES.add(
             "one, `n_heads // activation.shape[2]`.",
         ),
         "last position": (
-            lambda activation, hook, clean, head, n_heads: _set(
+            lambda activation, hook, clean, head, n_heads: set_at(
                 activation,
                 (ALL, -1, head // (n_heads // activation.shape[2])),
                 clean[:, -1, head // (n_heads // activation.shape[2])],

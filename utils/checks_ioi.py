@@ -20,9 +20,9 @@ from utils.checks_ioi_basics import (
     patch_head,
     patch_position,
     progress,
-    run_hook,
     with_head,
 )
+from utils.exercises import run_hook
 from utils.heads import Head
 
 __all__ = [

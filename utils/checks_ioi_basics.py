@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from utils import metrics
-from utils.exercises import Exercises
+from utils.exercises import Exercises, run_hook, set_at
 
 EXERCISES = Exercises()
 progress = EXERCISES.progress
@@ -17,20 +15,6 @@ ALL = slice(None)
 
 def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def set_at(activation: Tensor, index: tuple, value: object) -> Tensor:
-    activation = activation.clone()
-    activation[index] = value
-    return activation
-
-
-def run_hook(answer: Callable, activation: Tensor, *args: object) -> Tensor:
-    """The activation after the learner's hook; TransformerLens takes a hook without `return` as
-    one that edits in place."""
-    edited = activation.clone()
-    returned = answer(edited, None, *args)
-    return edited if returned is None else returned
 
 
 # Exercise 1: the logit difference

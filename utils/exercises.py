@@ -58,6 +58,23 @@ from torch import Tensor
 RIGHT, WRONG, UNTRIED = "right", "not right yet", "not attempted yet"
 
 
+def run_hook(answer: Callable, activation: Tensor, *args: object) -> Tensor:
+    """The activation after the learner's hook, as a `run` of exercises that ask for one.
+
+    TransformerLens takes a hook without `return` as one that edits in place.
+    """
+    edited = activation.clone()
+    returned = answer(edited, None, *args)
+    return edited if returned is None else returned
+
+
+def set_at(activation: Tensor, index: tuple, value: object) -> Tensor:
+    """A copy of the activation with `value` at `index`."""
+    activation = activation.clone()
+    activation[index] = value
+    return activation
+
+
 class _NotRight(Exception):
     """Carries the sentence that tells the learner what is wrong."""
 

@@ -110,9 +110,12 @@ def masked_logit_diffs(
 ) -> Float[Tensor, "run prompt"]:
     """The logit difference under each mask, in batches of prompts that fit in memory.
 
-    Each mask must ablate at least what the first does.
+    The first mask is the one that is recorded. Raises ValueError for a mask that does not ablate
+    at least what the first does.
     """
     masks, n_prompts = torch.stack(list(ablated)), len(prompts.tokens)
+    if (masks[0] & ~masks).any():
+        raise ValueError("ablated: every mask must ablate what the first does")
     batches = torch.arange(n_prompts).split(len(token_batches(model, prompts.tokens)[0]))
     values = [
         _measure(
