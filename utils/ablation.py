@@ -18,6 +18,7 @@ from utils.replay import Replay
 
 Hooks = Sequence[tuple[str, Callable]]
 Name = TypeVar("Name", bound=Hashable)
+VOCAB_PART = 2048
 
 
 def zero_ablation_hooks(heads: Iterable[tuple[int, int]]) -> Hooks:
@@ -88,6 +89,36 @@ def pattern_preserving_hooks(
     return [hook for hook in frozen if int(hook[0].split(".")[1]) >= lowest] + zero
 
 
+class _TokenLoss:
+    """Loss in nats of predicting these tokens, one for each position read: a metric for sweeps."""
+
+    def __init__(self, targets: Int[Tensor, "prompt read"]):
+        self.targets = targets
+
+    def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt read"]:
+        targets = self.targets.to(logits.device)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return loss.view(targets.shape)
+
+    def of_normed(
+        self, model: TransformerBridge, normed: Float[Tensor, "copy prompt read d_model"]
+    ) -> Float[Tensor, "copy prompt read"]:
+        """The same from the residual stream after `ln_final`, a part of the vocabulary at a time.
+
+        So the logits stay in the processor's cache.
+        """
+        targets = self.targets.to(normed.device)
+        right = (normed * model.W_U.T[targets]).sum(-1) + model.b_U[targets]
+        rows, sums = normed.flatten(0, 2), []
+        parts = zip(model.W_U.split(VOCAB_PART, 1), model.b_U.split(VOCAB_PART), strict=True)
+        for w_u, b_u in parts:
+            logits = torch.addmm(b_u, rows, w_u)
+            top = logits.amax(-1, keepdim=True)
+            # several times faster than torch.logsumexp
+            sums.append((logits - top).exp().sum(-1).log() + top[:, 0])
+        return torch.stack(sums).logsumexp(0).view(right.shape) - right
+
+
 @torch.no_grad()
 def losses(
     model: TransformerBridge,
@@ -105,15 +136,12 @@ def losses(
     columns = list(range(n_columns) if columns is None else columns)
     if not columns or min(columns) < 0 or max(columns) >= n_columns:
         raise ValueError(f"columns must be one or more of 0..{n_columns - 1}, got {columns}")
-    recorded = Replay(model, tokens)
-    result = {}
-    for name, hooks in tqdm(interventions.items(), desc="ablating", leave=False):
-        logits = recorded.run(hooks, read=columns)
-        targets = tokens[:, [column + 1 for column in columns]].to(logits.device)
-        loss = torch.full((len(tokens), n_columns), math.nan, device=logits.device)
-        loss[:, columns] = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        result[name] = loss
-    return result
+    loss = _TokenLoss(tokens[:, [column + 1 for column in columns]])
+    runs = list(interventions.values())
+    found = Replay(model, tokens).sweep(loss, runs, desc="ablating", read=columns)
+    result = torch.full((len(found), len(tokens), n_columns), math.nan, device=found.device)
+    result[:, :, columns] = found
+    return dict(zip(interventions, result, strict=True))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.heads import Head, cache_heads
+from utils.heads import Head
 from utils.metrics import last_position_hooks, logit_diff
 from utils.prompts import check_tokens
 from utils.replay import Metric, Replay
@@ -39,13 +39,13 @@ class LogitDiff:
         return logit_diff(logits, self.answers)
 
     def of_normed(
-        self, model: TransformerBridge, normed: Float[Tensor, "copy prompt d_model"]
+        self, model: TransformerBridge, normed: Float[Tensor, "copy prompt read d_model"]
     ) -> Float[Tensor, "copy prompt"]:
         """The same from what the unembedding reads, the final residual stream after `ln_final`."""
         right, wrong = self.answers.to(normed.device).unbind(1)
         direction = model.W_U[:, right] - model.W_U[:, wrong]
         offset = model.b_U[right] - model.b_U[wrong]
-        return torch.einsum("cpd,dp->cp", normed, direction) + offset
+        return torch.einsum("cpd,dp->cp", normed[:, :, -1], direction) + offset
 
 
 @torch.no_grad()
@@ -136,10 +136,11 @@ def patch_heads(
     n_heads = n_site_heads(model, site)
     every = product(range(model.cfg.n_layers), range(n_heads))
     chosen = _check_site_heads(model, every if heads is None else heads, site)
-    cache = cache_heads(model, clean, [site])
     recorded = Replay(model, corrupted)
     start = recorded.first_position(clean != corrupted)
-    patches = [_patch(cache, head, site, start) for head in chosen]
+    names = sorted({_hook_name(head, site) for head in chosen})
+    from_clean = recorded.activations_of(clean, names, start)
+    patches = [_patch(from_clean, head, site) for head in chosen]
     values = recorded.sweep(metric, patches, start, desc="patching").T
     return values if heads is not None else values.unflatten(1, (model.cfg.n_layers, n_heads))
 
@@ -161,7 +162,7 @@ def patch_head_hooks(
     missing = [name for name in by_layer if name not in cache]
     if missing:
         raise ValueError(f"cache lacks {missing[0]}")
-    dim = 1 if site == "pattern" else 2
+    dim = _head_dim(site)
 
     def hook_for(name: str, chosen: list[int]) -> Callable:
         index = torch.tensor(chosen, device=cache[name].device)
@@ -171,23 +172,24 @@ def patch_head_hooks(
     return [(name, hook_for(name, chosen)) for name, chosen in by_layer.items()]
 
 
-def _patch(
-    cache: Mapping[str, Tensor], head: Head, site: str, start: int
-) -> list[tuple[str, Callable]]:
-    """A hook that puts one head's clean activation in place, from position `start` on."""
-    name, dim = f"blocks.{head.layer}.attn.hook_{site}", _head_dim(site)
-    pos_dim = 3 - dim  # "pattern" is [prompt head dest src], all others [prompt pos head d_head]
-    clean = cache[name].narrow(pos_dim, start, cache[name].shape[pos_dim] - start)
+def _patch(from_clean: Mapping[str, Tensor], head: Head, site: str) -> list[tuple[str, Callable]]:
+    """A hook that puts one head's clean activation in place."""
+    name, dim = _hook_name(head, site), _head_dim(site)
 
     def hook_fn(activation: Tensor, hook) -> Tensor:
         activation = activation.clone()
-        activation.select(dim, head.head).copy_(clean.select(dim, head.head))
+        activation.select(dim, head.head).copy_(from_clean[name].select(dim, head.head))
         return activation
 
     return [(name, hook_fn)]
 
 
+def _hook_name(head: Head, site: str) -> str:
+    return f"blocks.{head.layer}.attn.hook_{site}"
+
+
 def _head_dim(site: str) -> int:
+    """ "pattern" is [prompt head dest src], all others [prompt pos head d_head]."""
     return 1 if site == "pattern" else 2
 
 

@@ -18,13 +18,14 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.metrics import last_position_hooks
@@ -34,6 +35,7 @@ from utils.prompts import check_tokens, start_token
 Hooks = Sequence[tuple[str, Callable]]
 Read = slice | list[int]
 Metric = Callable[[Float[Tensor, "prompt 1 vocab"]], Float[Tensor, "prompt"]]
+LAST = slice(-1, None)
 MAX_LOGITS = 2**24  # logits held at once: 64 MB in float32
 
 # Along which dimension each argument of a block counts the positions it computes.
@@ -60,8 +62,15 @@ class _KeyValueTape:
         if self.start is None:
             self.recorded[layer] = (k, v)
             return k, v
-        old_k, old_v = (_repeat(x[:, :, : self.start], self.copies) for x in self.recorded[layer])
-        return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        old_k, old_v = self.recorded[layer]
+        return self._joined(old_k, k), self._joined(old_v, v)
+
+    def _joined(self, old: Tensor, new: Tensor) -> Tensor:
+        """What was recorded left of `start`, the same for every copy, and the new from there on."""
+        joined = new.new_empty(*new.shape[:2], self.start + new.shape[2], new.shape[3])
+        joined.unflatten(0, (self.copies, -1))[..., : self.start, :] = old[:, :, : self.start]
+        joined[:, :, self.start :] = new
+        return joined
 
 
 class Replay:
@@ -124,7 +133,7 @@ class Replay:
             start: first position that the intervention can change: use :meth:`first_position`,
                 which is 0 for models that cannot share a prefix.
             read: which of the positions from ``start`` on to unembed, a slice or a list;
-                ``slice(-1, None)`` is the last one alone. In a small model the unembedding is a
+                ``LAST`` is the last one alone. In a small model the unembedding is a
                 large part of the work.
             copies: run this many copies of the prompts at once, one after the other along the
                 first axis, so that hooks can treat each copy differently: one large matrix
@@ -137,21 +146,22 @@ class Replay:
             below = [hook for hook in self._hooks if layer_of(hook[0]) < layer]
             tokens = self.tokens.repeat(copies, 1)
             return self.model.run_with_hooks(tokens, fwd_hooks=[*below, *hooks])[:, read]
-        return self._unembed(self._run_from([layer] * copies, hooks, start)[:, read])
+        return self._unembed(self._run_from([layer] * copies, hooks, start, read))
 
     def measure(
-        self, metric: Metric, hooks: Hooks, start: int = 0, copies: int = 1
-    ) -> Float[Tensor, "copy prompt"]:
-        """The metric of the last position under ``hooks``, for each of the copies.
+        self, metric: Metric, hooks: Hooks, start: int = 0, copies: int = 1, read: Read = LAST
+    ) -> Float[Tensor, "copy prompt *read"]:
+        """The metric under ``hooks``, for each of the copies.
 
-        As :meth:`run`; ``metric`` gets the logits of one copy, [prompt 1 vocab]. Raises ValueError
-        also when it does not give one value per prompt.
+        As :meth:`run`; ``metric`` gets the logits of one copy, [prompt read vocab]: those of the
+        last position unless others are asked for. Raises ValueError also when it does not give
+        one value per prompt, or one per prompt and position read.
         """
         if self.model in _refused:
-            logits = self.run(hooks, start, slice(-1, None), copies)
+            logits = self.run(hooks, start, read, copies)
             return torch.stack([_per_prompt(metric, x) for x in logits.split(len(self.tokens))])
-        resid = self._run_from([self._lowest(hooks)] * copies, hooks, start)
-        return self.read_out(metric, resid[:, -1:])
+        layers = [self._lowest(hooks)] * copies
+        return self.read_out(metric, self._run_from(layers, hooks, start, read))
 
     def sweep(
         self,
@@ -159,40 +169,41 @@ class Replay:
         interventions: Sequence[Hooks],
         start: int = 0,
         desc: str | None = None,
-    ) -> Float[Tensor, "intervention prompt"]:
-        """The metric of the last position under each of the interventions alone.
+        read: Read = LAST,
+    ) -> Float[Tensor, "intervention prompt *read"]:
+        """The metric under each of the interventions alone.
 
-        Row i is ``measure(metric, interventions[i], start)[0]``, but many run in one batch, as
-        large as memory allows. ``desc`` names the progress bar (none without).
+        Row i is ``measure(metric, interventions[i], start, read=read)[0]``, but many run in one
+        batch, as large as memory allows. ``desc`` names the progress bar (none without).
         """
         order = sorted(
             range(len(interventions)), key=lambda index: self._lowest(interventions[index])
         )
 
-        def measure(indices: list[int]) -> Float[Tensor, "intervention prompt"]:
+        def measure(indices: list[int]) -> Float[Tensor, "intervention prompt *read"]:
             chosen = [interventions[index] for index in indices]
             if self.model in _refused:
-                return torch.cat([self.measure(metric, hooks) for hooks in chosen])
+                return torch.cat([self.measure(metric, hooks, read=read) for hooks in chosen])
             layers = [self._lowest(hooks) for hooks in chosen]
-            resid = self._run_from(layers, by_copy(chosen, len(self.tokens)), start)
-            return self.read_out(metric, resid[:, -1:])
+            hooks = by_copy(chosen, len(self.tokens))
+            return self.read_out(metric, self._run_from(layers, hooks, start, read))
 
         size = pack_size(self.model, *self.tokens.shape, start)
         values = in_packs(order, size, measure, desc)
         return values[torch.tensor(order, device=values.device).argsort()]
 
     def read_out(
-        self, metric: Metric, resid: Float[Tensor, "copies*prompt 1 d_model"]
-    ) -> Float[Tensor, "copy prompt"]:
+        self, metric: Metric, resid: Float[Tensor, "copies*prompt read d_model"]
+    ) -> Float[Tensor, "copy prompt *read"]:
         """The metric of each copy, from the residual stream above the last block.
 
         A metric with a method ``of_normed`` (`patching.LogitDiff`) needs no unembedding.
         """
         n_prompts, values = len(self.tokens), []
         if hasattr(metric, "of_normed"):
-            normed = self.model.ln_final(resid)[:, -1]
+            normed = self.model.ln_final(resid)
             return metric.of_normed(self.model, normed.unflatten(0, (-1, n_prompts)))
-        at_once = max(1, MAX_LOGITS // (n_prompts * self.model.cfg.d_vocab))
+        at_once = max(1, MAX_LOGITS // (n_prompts * resid.shape[1] * self.model.cfg.d_vocab))
         for some in resid.split(at_once * n_prompts):
             logits = self._unembed(some)
             values += [_per_prompt(metric, one) for one in logits.split(n_prompts)]
@@ -210,6 +221,24 @@ class Replay:
         if self.model in _refused or not self._shares_prefix or not changed.any():
             return 0
         return int(changed.any(dim=0).nonzero()[0])
+
+    def activations_of(
+        self, tokens: Int[Tensor, "prompt pos"], names: Sequence[str], start: int
+    ) -> dict[str, Tensor]:
+        """Activations, from position ``start`` on, of prompts that are the recorded ones before it.
+
+        An attention pattern begins at that destination, and has all sources. Nothing but the
+        prompts may differ from the recorded run: not for a recording under hooks.
+        """
+        kept: dict[str, Tensor] = {}
+        keep = [(name, lambda x, hook, name=name: kept.update({name: x.clone()})) for name in names]
+        if not start:
+            self.model.run_with_hooks(tokens, fwd_hooks=[*last_position_hooks(), *keep])
+            return kept
+        embedded = self.model(tokens, stop_at_layer=0)[:, start:]
+        put = ("blocks.0.hook_resid_pre", lambda resid, hook: embedded)
+        self._run_from([0], [put, *keep], start, LAST)
+        return kept
 
     def _record(self, keep: Sequence[str]) -> Float[Tensor, "prompt 1 vocab"]:
         """Run the prompts once, noting what each block gets; the logits of the last position."""
@@ -239,32 +268,36 @@ class Replay:
                 handle.remove()
 
     def _run_from(
-        self, layers: Sequence[int], hooks: Hooks, start: int
-    ) -> Float[Tensor, "copies*prompt pos d_model"]:
+        self, layers: Sequence[int], hooks: Hooks, start: int, read: Read
+    ) -> Float[Tensor, "copies*prompt read d_model"]:
         """The residual stream above the last block; copy i joins at block ``layers[i]``."""
         if start and not self._shares_prefix:
             raise ValueError(f"start: this model shares no prefix, want 0, got {start}")
         self._tape.start = start
         hidden = self.hidden[0][:0, start:]
-        with self.model.hooks(fwd_hooks=list(hooks)):
-            for index in range(layers[0], self.model.cfg.n_layers):
-                joining = layers.count(index)
-                hidden = torch.cat([hidden, _repeat(self.hidden[index][:, start:], joining)])
+        top = self.model.cfg.n_layers - 1
+        with self.model.hooks(fwd_hooks=list(hooks)), ExitStack() as stack:
+            for index in range(layers[0], top + 1):
+                if joining := layers.count(index):
+                    new = self.hidden[index][:, start:].repeat(joining, 1, 1)
+                    hidden = torch.cat([hidden, new])
                 self._tape.copies = copies = len(hidden) // len(self.tokens)
                 arguments = {
                     name: _fitted(name, value, start, copies)
                     for name, value in self._arguments[index].items()
                 }
+                if index == top and _only_on_attention(hooks, top):
+                    stack.enter_context(_mlp_only_at(self.model.blocks[top], read))
                 out = self.model.blocks[index](hidden, **arguments)
                 hidden = out[0] if isinstance(out, tuple) else out
-        return hidden
+        return hidden[:, read]
 
     def _check(self, recorded: Float[Tensor, "prompt 1 vocab"]) -> None:
         """Replay the upper half from the middle position on: the last logits must not change."""
         layer, middle = self.model.cfg.n_layers // 2, self.tokens.shape[1] // 2
         start = middle if self._shares_prefix else 0
         try:
-            again = self._unembed(self._run_from([layer] * 2, [], start)[:, -1:])
+            again = self._unembed(self._run_from([layer] * 2, [], start, LAST))
             exact = torch.allclose(again, _repeat(recorded, 2), atol=1e-3, rtol=1e-4)
         except (TypeError, RuntimeError, AttributeError):
             exact = False
@@ -289,15 +322,47 @@ def given_attention(
     def give(attention, output: Tensor) -> Callable:
         return lambda *_, **__: (attention.hook_out(output), None)
 
-    # past the module's own __setattr__, which would change the wrapped Hugging Face module
-    attributes = {layer: vars(model.blocks[layer].attn) for layer in outputs}
-    try:
+    attentions = {layer: model.blocks[layer].attn for layer in outputs}
+    with ExitStack() as stack:
         for layer, output in outputs.items():
-            attributes[layer]["forward"] = give(model.blocks[layer].attn, output)
+            stack.enter_context(_forward_of(attentions[layer], give(attentions[layer], output)))
+        yield
+
+
+@contextmanager
+def _mlp_only_at(block: Module, read: Read) -> Iterator[None]:
+    """Within it, the block's MLP is computed at the positions `read` alone, and 0 elsewhere."""
+    mlp = getattr(block, "mlp", None)
+    if mlp is None:
+        yield
+        return
+    whole = mlp.forward
+
+    def forward(resid: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # not by position, perhaps
+            return whole(resid, *args, **kwargs)
+        some = whole(resid[:, read])
+        out = torch.zeros_like(resid)
+        out[:, read] = some
+        return out
+
+    with _forward_of(mlp, forward):
+        yield
+
+
+@contextmanager
+def _forward_of(module: Module, forward: Callable) -> Iterator[None]:
+    # past the module's own __setattr__, which would change the wrapped Hugging Face module
+    attributes = vars(module)
+    attributes["forward"] = forward
+    try:
         yield
     finally:
-        for of_layer in attributes.values():
-            of_layer.pop("forward", None)
+        attributes.pop("forward", None)
+
+
+def _only_on_attention(hooks: Hooks, layer: int) -> bool:
+    return all(".attn." in name for name, _ in hooks if layer_of(name) == layer)
 
 
 def _check_padding(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> None:
@@ -317,7 +382,7 @@ def _check_padding(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) 
 
 def _per_prompt(metric: Metric, logits: Tensor) -> Float[Tensor, "prompt"]:
     values = metric(logits)
-    if values.shape != (len(logits),):
+    if values.shape not in (logits.shape[:1], logits.shape[:2]):
         raise ValueError(f"metric must give [prompt] values, got shape {tuple(values.shape)}")
     return values
 
