@@ -3,7 +3,13 @@
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
 
 from utils.models import load_hf, load_model
 
@@ -74,6 +80,28 @@ def random_bridge(smollm2):
         return bridge.eval()
 
     return build
+
+
+# a small vocabulary, and weights large enough for every path to matter
+RANDOM = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def llama(random_bridge):
+    """Grouped keys and values: four query heads share one."""
+    return random_bridge(LlamaConfig(num_attention_heads=8, num_key_value_heads=2, **RANDOM))
+
+
+@pytest.fixture(scope="session")
+def neox(random_bridge):
+    """Attention and MLP in parallel, partly rotary, LayerNorm with biases."""
+    return random_bridge(GPTNeoXConfig(num_attention_heads=4, **RANDOM))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from utils import metrics
+from utils import metrics, replay
 from utils.ablation import (
     ablation_sweep,
     freeze_pattern_hooks,
@@ -159,35 +159,61 @@ def test_frozen_patterns_are_those_of_the_stored_run(random_gpt2):
     torch.testing.assert_close(frozen["z", 0], z, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_losses_equal_one_whole_run_each(request, name):
+@pytest.mark.parametrize("n_prompts", [1, 3])
+@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "llama", "neox", "toy2"])
+def test_losses_equal_one_whole_run_each(request, name, n_prompts):
     model = request.getfixturevalue(name)
-    tokens = repeated_tokens(model, 2, 5)
-    runs = {"none": [], "zero": zero_ablation_hooks([(1, 2)]), 2: zero_ablation_hooks([(0, 1)])}
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(3, model.cfg.d_vocab, (n_prompts, 9), generator=generator)
+    top = model.cfg.n_layers - 1
+    patterns = cache_heads(model, tokens, ["pattern"])
+    runs = {
+        "none": [],
+        "zero": zero_ablation_hooks([(top, 1)]),
+        2: mean_ablation_hooks([(0, 1), (top, 0)], head_means(model, tokens)),
+        "pattern": pattern_preserving_hooks(patterns, [(0, 2)]),
+    }
     got = losses(model, tokens, runs)
     assert list(got) == list(runs)
     for key, hooks in runs.items():
         want = per_token_loss(model, tokens, hooks)
-        torch.testing.assert_close(got[key], want, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(got[key], want, atol=1e-4, rtol=0)
+    assert (got["zero"] - got["none"]).abs().max() > 1e-3
     some = losses(model, tokens, runs, columns=[1, 7])["zero"]
-    torch.testing.assert_close(some[:, [1, 7]], got["zero"][:, [1, 7]], atol=1e-4, rtol=1e-4)
-    assert some.isnan().sum() == some.numel() - 4
+    torch.testing.assert_close(some[:, [1, 7]], got["zero"][:, [1, 7]], atol=1e-4, rtol=0)
+    assert some.isnan().sum() == some.numel() - 2 * n_prompts
 
 
-def test_ablation_sweep_equals_single_ablations(random_gpt2):
+def test_losses_need_no_unembedding_and_the_plain_path_has_the_same(random_gpt2, monkeypatch):
     tokens = repeated_tokens(random_gpt2, 2, 5)
+    runs = {"none": [], "zero": zero_ablation_hooks([(1, 2)])}
+    with monkeypatch.context() as patched:
+        patched.setattr(replay.Replay, "_unembed", None)
+        got = losses(random_gpt2, tokens, runs, columns=[2, 6])
+    refused = type(replay._refused)([random_gpt2])
+    monkeypatch.setattr(replay, "_refused", refused)
+    plain = losses(random_gpt2, tokens, runs, columns=[2, 6])
+    for name in runs:
+        torch.testing.assert_close(got[name], plain[name], atol=1e-4, rtol=0, equal_nan=True)
 
-    def metric(hooks):
-        return per_token_loss(random_gpt2, tokens, hooks).mean(1)
 
-    swept = ablation_sweep(random_gpt2, metric)
-    assert swept.shape == (2, 3, 4)
-    for layer, head in [(0, 0), (1, 3), (2, 1)]:
-        single = metric(zero_ablation_hooks([(layer, head)]))
-        torch.testing.assert_close(swept[:, layer, head], single)
-    means = head_means(random_gpt2, tokens)
-    by_mean = ablation_sweep(random_gpt2, metric, lambda heads: mean_ablation_hooks(heads, means))
-    torch.testing.assert_close(by_mean[:, 2, 1], metric(mean_ablation_hooks([(2, 1)], means)))
+@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
+def test_ablation_sweep_equals_single_ablations(request, name):
+    model = request.getfixturevalue(name)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(3, model.cfg.d_vocab, (2, 8), generator=generator)
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+
+    def metric(logits):
+        return logits[:, -1, 7]
+
+    means = head_means(model, tokens)
+    for hooks_for in (zero_ablation_hooks, lambda heads: mean_ablation_hooks(heads, means)):
+        swept = ablation_sweep(model, tokens, metric, hooks_for)
+        assert swept.shape == (2, n_layers, n_heads)
+        for layer, head in [(0, 0), (n_layers // 2, 1), (n_layers - 1, n_heads - 1)]:
+            single = metric(model.run_with_hooks(tokens, fwd_hooks=hooks_for([(layer, head)])))
+            torch.testing.assert_close(swept[:, layer, head], single, atol=1e-4, rtol=0)
 
 
 def test_ablations_leave_no_hook_and_change_no_weight(random_gpt2):
@@ -224,6 +250,7 @@ def test_random_control_takes_other_heads_of_the_same_layers(smollm2):
         (lambda m: freeze_pattern_hooks({"hook_embed": torch.ones(1)}), "holds no hook_pattern"),
         (lambda m: pattern_preserving_hooks({}, [(0, 0)]), "patterns holds no hook_pattern"),
         (lambda m: losses(m, torch.ones(1, 4).long(), {}, columns=[3]), r"columns .* 0\.\.2"),
+        (lambda m: losses(m, torch.ones(1, 4).long(), {}), "interventions is empty"),
         (
             lambda m: random_control(m, [(0, 0), (0, 1), (0, 2)], 1),
             "layer 0 has 1 other heads, 3 are wanted",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig
 
 from utils import paths
 from utils.heads import Head, all_heads, key_value_head
@@ -11,30 +10,6 @@ from utils.paths import path_patch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-N_TOKENS = 100  # a small vocabulary: unembedding is not what is tested
-
-
-# weights large enough for every path to matter
-SIZES = {
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "initializer_range": 0.2,
-}
-
-
-@pytest.fixture(scope="module")
-def llama(random_bridge):
-    """Grouped keys and values: four query heads share one."""
-    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, vocab_size=N_TOKENS, **SIZES)
-    return random_bridge(config)
-
-
-@pytest.fixture(scope="module")
-def neox(random_bridge):
-    """Attention and MLP in parallel, partly rotary, LayerNorm with biases."""
-    config = GPTNeoXConfig(num_attention_heads=4, vocab_size=N_TOKENS, **SIZES)
-    return random_bridge(config)
 
 
 @pytest.fixture(params=["random_gpt2", "llama", "neox", "toy2"])

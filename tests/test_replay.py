@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig
 
 from utils import replay
 from utils.metrics import logit_diff
@@ -13,33 +12,6 @@ from utils.patching import LogitDiff
 from utils.replay import Replay
 
 FIRST = 6  # first position the interventions below change
-
-
-@pytest.fixture(scope="module")
-def llama(smollm2, random_bridge):
-    """Grouped keys and values: four query heads share one."""
-    config = LlamaConfig(
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        hidden_size=64,
-        intermediate_size=96,
-        vocab_size=smollm2.cfg.d_vocab,
-    )
-    return random_bridge(config)
-
-
-@pytest.fixture(scope="module")
-def neox(smollm2, random_bridge):
-    """Attention and MLP in parallel, partly rotary, LayerNorm with biases."""
-    config = GPTNeoXConfig(
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        hidden_size=64,
-        intermediate_size=96,
-        vocab_size=smollm2.cfg.d_vocab,
-    )
-    return random_bridge(config)
 
 
 @pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])
@@ -335,3 +307,84 @@ def test_left_padded_prompts_are_refused(smollm2):
     prompts = torch.tensor([[10, 11, 12, 13], [pad, pad, 11, 12]])
     with pytest.raises(ValueError, match="prompt 1 begins with padding"):
         Replay(smollm2, prompts)
+
+
+@pytest.fixture
+def mlp_widths(model):
+    """How many positions the top block's MLP computes, run by run."""
+    widths = []
+    handle = model.blocks[-1].mlp.register_forward_pre_hook(
+        lambda _, args: widths.append(args[0].shape[1])
+    )
+    inner = model.blocks[-1].mlp.hook_in.register_forward_hook(
+        lambda _, args, out: widths.append(out.shape[1])
+    )
+    yield widths
+    handle.remove()
+    inner.remove()
+
+
+@pytest.mark.parametrize("model", ["smollm2", "random_gpt2", "llama", "neox"], indirect=True)
+def test_the_top_mlp_runs_where_it_is_read(model, tokens, mlp_widths):
+    """Unless a hook of the top block may look at its MLP, which is then whole."""
+    top = model.cfg.n_layers - 1
+    length = tokens.shape[1]
+    with torch.no_grad():
+        recorded = Replay(model, tokens)
+        for read, n_read in ((replay.LAST, 1), ([2, 5], 2), (slice(None), length)):
+            mlp_widths.clear()
+            got = recorded.run([_zero_head(0, 1), _zero_head(top, 0)], read=read)
+            assert mlp_widths == [length, n_read]  # what the MLP is given, and what it computes
+            hooks = [_zero_head(0, 1), _zero_head(top, 0)]
+            want = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, read]
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        mlp_widths.clear()
+        silent = [(f"blocks.{top}.hook_mlp_out", lambda out, hook: out * 0)]
+        got = recorded.run(silent, read=replay.LAST)
+        assert mlp_widths == [length, length]
+        want = model.run_with_hooks(tokens, fwd_hooks=silent)[:, -1:]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        with pytest.raises(KeyboardInterrupt):
+            recorded.run([(f"blocks.{top}.attn.hook_z", _interrupt)], read=replay.LAST)
+        mlp_widths.clear()
+        model(tokens)
+        assert mlp_widths == [length, length]
+
+
+def _interrupt(activation, hook):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("first", [0, FIRST])
+def test_activations_of_prompts_that_share_the_beginning(model, tokens, first):
+    others = tokens.clone()
+    others[:, first:] = tokens[:, first:].flip(1)
+    names = [f"blocks.{la}.attn.hook_{s}" for la in (0, model.cfg.n_layers - 1) for s in "zqkv"]
+    patterns = [f"blocks.{model.cfg.n_layers - 1}.attn.hook_pattern"]
+    with torch.no_grad():
+        recorded = Replay(model, tokens)
+        start = recorded.first_position(others != tokens)
+        got = recorded.activations_of(others, names + patterns, start)
+        want = model.run_with_cache(others)[1]
+        assert torch.equal(Replay(model, tokens).hidden[0], recorded.hidden[0])
+    assert got.keys() == {*names, *patterns}
+    for name in names:
+        torch.testing.assert_close(got[name], want[name][:, start:], atol=1e-4, rtol=1e-4)
+    for name in patterns:
+        torch.testing.assert_close(got[name], want[name][:, :, start:], atol=1e-4, rtol=0)
+
+
+def test_a_metric_gives_one_value_for_each_prompt_or_position_read(random_gpt2):
+    tokens = torch.arange(10, 22).view(2, 6)
+    with torch.no_grad():
+        recorded = Replay(random_gpt2, tokens)
+        hooks = [_zero_head(1, 1)]
+        got = recorded.sweep(lambda logits: logits[..., 7], [hooks, []], read=[1, 4])
+        want = [random_gpt2.run_with_hooks(tokens, fwd_hooks=h)[:, [1, 4], 7] for h in (hooks, [])]
+        torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
+        one = recorded.measure(lambda logits: logits[:, 1, 7], hooks, read=[1, 4])
+        torch.testing.assert_close(one, got[:1, :, 1], atol=1e-4, rtol=0)
+        with pytest.raises(ValueError, match=r"\[prompt read\] values, got shape \(2, 2, 49"):
+            recorded.sweep(lambda logits: logits, [hooks], read=[1, 4])
+        with pytest.raises(ValueError, match=r"give \[prompt\] values, got shape \(2, 1\)"):
+            recorded.sweep(lambda logits: logits[..., 7], [hooks])

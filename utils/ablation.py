@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.heads import Head, all_heads, cache_heads, check_heads
 from utils.metrics import token_batches
-from utils.replay import Replay
+from utils.replay import Metric, Replay
 
 Hooks = Sequence[tuple[str, Callable]]
 Name = TypeVar("Name", bound=Hashable)
@@ -130,12 +129,15 @@ def losses(
 
     What lies below an intervention is run once for all of them (`utils.replay`). `columns` are
     those of the loss to compute (column i is about token i + 1); the others are nan, and cost no
-    unembedding. Raises ValueError for a column out of range, and as `check_tokens`.
+    unembedding. Raises ValueError for a column out of range, for no interventions, and as
+    `check_tokens`.
     """
     n_columns = tokens.shape[-1] - 1
     columns = list(range(n_columns) if columns is None else columns)
     if not columns or min(columns) < 0 or max(columns) >= n_columns:
         raise ValueError(f"columns must be one or more of 0..{n_columns - 1}, got {columns}")
+    if not interventions:
+        raise ValueError("interventions is empty, give at least one")
     loss = _TokenLoss(tokens[:, [column + 1 for column in columns]])
     runs = list(interventions.values())
     found = Replay(model, tokens).sweep(loss, runs, desc="ablating", read=columns)
@@ -201,18 +203,19 @@ def random_control(
 @torch.no_grad()
 def ablation_sweep(
     model: TransformerBridge,
-    metric: Callable[[Hooks], Float[Tensor, "prompt"]],
+    tokens: Int[Tensor, "prompt pos"],
+    metric: Metric,
     hooks_for: Callable[[list[Head]], Hooks] = zero_ablation_hooks,
 ) -> Float[Tensor, "prompt layer head"]:
-    """The metric with each head of the model ablated alone, one run per head.
+    """The metric with each head of the model ablated alone.
 
-    `metric` maps hooks to a value per prompt, for example
-    `lambda hooks: half_losses(per_token_loss(model, tokens, hooks), seq_len).second`.
+    `metric` gets the logits of the last position, [prompt 1 vocab], as in `patching`. For a loss
+    use `losses(model, tokens, {head: zero_ablation_hooks([head]) for head in all_heads(model)})`.
+    Raises ValueError for a metric that is not one per prompt, and as `check_tokens`.
     """
-    heads = tqdm(all_heads(model), desc="ablating heads", leave=False)
-    values = [metric(hooks_for([head])) for head in heads]
-    shape = (model.cfg.n_layers, model.cfg.n_heads)
-    return torch.stack(values, dim=1).unflatten(1, shape)
+    hooks = [hooks_for([head]) for head in all_heads(model)]
+    values = Replay(model, tokens).sweep(metric, hooks, desc="ablating heads").T
+    return values.unflatten(1, (model.cfg.n_layers, model.cfg.n_heads))
 
 
 def _stacked_z(

@@ -3,13 +3,13 @@
 A sweep asks the same question hundreds of times: "what if this one activation were different?".
 Nearly all of each forward pass is the same every time:
 
-    layer 3   . . . # # #      # run again
-    layer 2   . . . # # #      . taken from the recorded run (below the patched layer: its input;
-    layer 1   . . . . . .        left of the first changed position: its keys and values)
-    layer 0   . . . . . .
+    layer 3   . . . a a #      # run again
+    layer 2   . . . # # #      a attention alone: the last MLP runs where the logits are read
+    layer 1   . . . . . .      . taken from the recorded run (below the patched layer: its input;
+    layer 0   . . . . . .        left of the first changed position: its keys and values)
               0 1 2 3 4 5      an intervention at layer 2 that changes positions 3 and later
 
-:class:`Replay` records one pass and then re-runs the ``#`` part alone. The numbers are those of
+:class:`Replay` records one pass and then re-runs that part alone. The numbers are those of
 ``model.run_with_hooks`` (same blocks, same hooks, same order of operations). A sweep takes many
 interventions at once: each is a copy of the prompts, and joins the batch at the block it changes.
 """
@@ -159,9 +159,9 @@ class Replay:
         """
         if self.model in _refused:
             logits = self.run(hooks, start, read, copies)
-            return torch.stack([_per_prompt(metric, x) for x in logits.split(len(self.tokens))])
+            return torch.stack([_values(metric, x, read) for x in logits.split(len(self.tokens))])
         layers = [self._lowest(hooks)] * copies
-        return self.read_out(metric, self._run_from(layers, hooks, start, read))
+        return self.read_out(metric, self._run_from(layers, hooks, start, read), read)
 
     def sweep(
         self,
@@ -186,16 +186,19 @@ class Replay:
                 return torch.cat([self.measure(metric, hooks, read=read) for hooks in chosen])
             layers = [self._lowest(hooks) for hooks in chosen]
             hooks = by_copy(chosen, len(self.tokens))
-            return self.read_out(metric, self._run_from(layers, hooks, start, read))
+            return self.read_out(metric, self._run_from(layers, hooks, start, read), read)
 
         size = pack_size(self.model, *self.tokens.shape, start)
         values = in_packs(order, size, measure, desc)
         return values[torch.tensor(order, device=values.device).argsort()]
 
     def read_out(
-        self, metric: Metric, resid: Float[Tensor, "copies*prompt read d_model"]
+        self,
+        metric: Metric,
+        resid: Float[Tensor, "copies*prompt read d_model"],
+        read: Read = LAST,
     ) -> Float[Tensor, "copy prompt *read"]:
-        """The metric of each copy, from the residual stream above the last block.
+        """The metric of each copy, from the residual stream above the last block at `read`.
 
         A metric with a method ``of_normed`` (`patching.LogitDiff`) needs no unembedding.
         """
@@ -206,7 +209,7 @@ class Replay:
         at_once = max(1, MAX_LOGITS // (n_prompts * resid.shape[1] * self.model.cfg.d_vocab))
         for some in resid.split(at_once * n_prompts):
             logits = self._unembed(some)
-            values += [_per_prompt(metric, one) for one in logits.split(n_prompts)]
+            values += [_values(metric, one, read) for one in logits.split(n_prompts)]
         return torch.stack(values)
 
     def _unembed(self, resid: Float[Tensor, "row read d_model"]) -> Tensor:
@@ -380,10 +383,13 @@ def _check_padding(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) 
         )
 
 
-def _per_prompt(metric: Metric, logits: Tensor) -> Float[Tensor, "prompt"]:
+def _values(metric: Metric, logits: Tensor, read: Read) -> Float[Tensor, "prompt *read"]:
     values = metric(logits)
-    if values.shape not in (logits.shape[:1], logits.shape[:2]):
-        raise ValueError(f"metric must give [prompt] values, got shape {tuple(values.shape)}")
+    wanted, shapes = "[prompt]", [logits.shape[:1]]
+    if read != LAST:
+        wanted, shapes = "[prompt] or [prompt read]", [*shapes, logits.shape[:2]]
+    if values.shape not in shapes:
+        raise ValueError(f"metric must give {wanted} values, got shape {tuple(values.shape)}")
     return values
 
 

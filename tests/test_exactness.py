@@ -1,0 +1,76 @@
+"""Patching gives the numbers of whole runs with plain hooks, for every site, model and metric."""
+
+import pytest
+import torch
+
+from utils.patching import SITES, SUBLAYERS, LogitDiff, n_site_heads, patch_heads, patch_sublayer
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+LENGTH = 9
+EXACT = {"atol": 1e-4, "rtol": 0}
+# one prompt, three that begin alike, and three that share nothing
+PROMPTS = {"one": (1, 6), "shared prefix": (3, 6), "no shared prefix": (3, 0)}
+
+
+@pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=PROMPTS)
+def pair(request, model):
+    """Clean and corrupted prompts that differ from some position on."""
+    n_prompts, first = PROMPTS[request.param]
+    generator = torch.Generator().manual_seed(6)
+    shape = (2, n_prompts, LENGTH)
+    clean, corrupted = torch.randint(3, model.cfg.d_vocab, shape, generator=generator)
+    corrupted[:, :first] = clean[:, :first]
+    return clean, corrupted
+
+
+def metrics(n_prompts):
+    """One that reads two columns of the unembedding, and one that reads all."""
+    answers = torch.tensor([[7, 11], [5, 3], [9, 4]])[:n_prompts]
+    return LogitDiff(answers), lambda logits: logits[:, -1].log_softmax(-1)[:, 7]
+
+
+def whole_run(model, corrupted, name, clean, where):
+    """Logits of the corrupted run in which part of an activation is the clean run's."""
+
+    def patch(activation, hook):
+        activation[where] = clean[name][where]
+        return activation
+
+    return model.run_with_hooks(corrupted, fwd_hooks=[(name, patch)])[:, -1:]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_heads(model, pair, site):
+    top, n_heads = model.cfg.n_layers - 1, n_site_heads(model, site)
+    heads = [(0, n_heads - 1), (top // 2, 0), (top, 1)]
+    clean, corrupted = model.run_with_cache(pair[0])[1], pair[1]
+    runs = []
+    for layer, head in heads:
+        where = (slice(None), head) if site == "pattern" else (slice(None), slice(None), head)
+        runs.append(whole_run(model, corrupted, f"blocks.{layer}.attn.hook_{site}", clean, where))
+    for metric in metrics(len(corrupted)):
+        got = patch_heads(model, *pair, metric, site, heads)
+        want = torch.stack([metric(logits) for logits in runs], dim=1)
+        torch.testing.assert_close(got, want, **EXACT)
+        assert (got - metric(model(corrupted)[:, -1:])[:, None]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("site", SUBLAYERS)
+def test_layers_by_position(model, pair, site):
+    layers, positions = [0, model.cfg.n_layers - 1], [1, LENGTH - 2, LENGTH - 1]
+    clean, corrupted = model.run_with_cache(pair[0])[1], pair[1]
+    if site == "mlp_out" and f"blocks.0.hook_{site}" not in clean:
+        with pytest.raises(ValueError, match=r"site must be one of .* that the model has"):
+            patch_sublayer(model, *pair, metrics(1)[0], site)
+        return
+    cells = [(f"blocks.{la}.hook_{site}", (slice(None), at)) for la in layers for at in positions]
+    runs = [whole_run(model, corrupted, name, clean, where) for name, where in cells]
+    for metric in metrics(len(corrupted)):
+        got = patch_sublayer(model, *pair, metric, site, positions, layers)
+        want = torch.stack([metric(logits) for logits in runs], dim=1)
+        torch.testing.assert_close(got.flatten(1), want, **EXACT)
