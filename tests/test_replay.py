@@ -10,6 +10,7 @@ from utils.metrics import logit_diff
 from utils.packs import in_packs, pack_size
 from utils.patching import LogitDiff
 from utils.replay import Replay
+from utils.shortcuts import given_attention
 
 FIRST = 6  # first position the interventions below change
 
@@ -292,12 +293,12 @@ def test_given_attention_is_not_computed_and_is_restored(model, tokens):
         whole, cache = model.run_with_cache(tokens)
         given = cache[f"blocks.{layer}.attn.hook_out"] * 0
         hook = (f"blocks.{layer}.attn.hook_z", lambda z, hook: pytest.fail("computed"))
-        with replay.given_attention(model, {layer: given}), model.hooks(fwd_hooks=[hook]):
+        with given_attention(model, {layer: given}), model.hooks(fwd_hooks=[hook]):
             got = model(tokens)
         without = [(f"blocks.{layer}.attn.hook_out", lambda out, hook: out * 0)]
         want = model.run_with_hooks(tokens, fwd_hooks=without)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-        with pytest.raises(KeyboardInterrupt), replay.given_attention(model, {layer: given}):
+        with pytest.raises(KeyboardInterrupt), given_attention(model, {layer: given}):
             raise KeyboardInterrupt
         assert torch.equal(model(tokens), whole)
 

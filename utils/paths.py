@@ -23,7 +23,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.heads import Head, all_heads, cache_heads, check_heads, key_value_head
 from utils.packs import in_packs, pack_size
 from utils.patching import check_pair, n_site_heads
-from utils.replay import Metric, Replay, given_attention
+from utils.replay import Metric, Replay
+from utils.shortcuts import given_attention
 
 INPUTS = ("q", "k", "v")
 _checked: WeakSet = WeakSet()

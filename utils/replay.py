@@ -17,20 +17,20 @@ interventions at once: each is a copy of the prompts, and joins the batch at the
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.metrics import last_position_hooks
 from utils.packs import by_copy, in_packs, pack_size
 from utils.prompts import check_tokens, start_token
+from utils.shortcuts import mlp_only_at
 
 Hooks = Sequence[tuple[str, Callable]]
 Read = slice | list[int]
@@ -290,7 +290,7 @@ class Replay:
                     for name, value in self._arguments[index].items()
                 }
                 if index == top and _only_on_attention(hooks, top):
-                    stack.enter_context(_mlp_only_at(self.model.blocks[top], read))
+                    stack.enter_context(mlp_only_at(self.model.blocks[top], read))
                 out = self.model.blocks[index](hidden, **arguments)
                 hidden = out[0] if isinstance(out, tuple) else out
         return hidden[:, read]
@@ -311,61 +311,6 @@ class Replay:
                 "sweeps take the plain path (one full forward per intervention).",
                 stacklevel=3,
             )
-
-
-@contextmanager
-def given_attention(
-    model: TransformerBridge, outputs: Mapping[int, Float[Tensor, "prompt pos d_model"]]
-) -> Iterator[None]:
-    """Within it, the attention of these layers is not computed: its output is the given one.
-
-    Hooks on the attention's output still see it; those inside the attention are not reached.
-    """
-
-    def give(attention, output: Tensor) -> Callable:
-        return lambda *_, **__: (attention.hook_out(output), None)
-
-    attentions = {layer: model.blocks[layer].attn for layer in outputs}
-    with ExitStack() as stack:
-        for layer, output in outputs.items():
-            stack.enter_context(_forward_of(attentions[layer], give(attentions[layer], output)))
-        yield
-
-
-@contextmanager
-def _mlp_only_at(block: Module, read: Read) -> Iterator[None]:
-    """Within it, the block's MLP is computed at the positions `read` alone, and 0 elsewhere."""
-    mlp = getattr(block, "mlp", None)
-    if mlp is None:
-        yield
-        return
-    whole = mlp.forward
-
-    def forward(resid: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:  # not by position, perhaps
-            return whole(resid, *args, **kwargs)
-        some = whole(resid[:, read])
-        out = torch.zeros_like(resid)
-        out[:, read] = some
-        return out
-
-    with _forward_of(mlp, forward):
-        yield
-
-
-@contextmanager
-def _forward_of(module: Module, forward: Callable) -> Iterator[None]:
-    # past the module's own __setattr__, which would change the wrapped Hugging Face module
-    attributes = vars(module)
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        attributes.pop("forward", None)
-
-
-def _only_on_attention(hooks: Hooks, layer: int) -> bool:
-    return all(".attn." in name for name, _ in hooks if layer_of(name) == layer)
 
 
 def _check_padding(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> None:
@@ -391,6 +336,10 @@ def _values(metric: Metric, logits: Tensor, read: Read) -> Float[Tensor, "prompt
     if values.shape not in shapes:
         raise ValueError(f"metric must give {wanted} values, got shape {tuple(values.shape)}")
     return values
+
+
+def _only_on_attention(hooks: Hooks, layer: int) -> bool:
+    return all(".attn." in name for name, _ in hooks if layer_of(name) == layer)
 
 
 def layer_of(hook_name: str) -> int:
