@@ -38,7 +38,8 @@ def works(random_gpt2, random_gpt2_hf):
 def test_the_three_ways_agree_on_every_row(random_gpt2, works):
     for work in works:
         row = time_row(random_gpt2, work)
-        assert row.timed == row.timed_references == row.patches == len(work.patches), work.name
+        assert row.timed_references == row.patches == len(work.patches), work.name
+        assert row.timed in (2 * row.patches, 3 * row.patches), work.name  # whole sweeps
         assert row.max_abs_diff < 5e-3, work.name  # effects are of order 1 to 100
         assert row.ours_s > 0 and row.transformer_lens_s > 0 and row.limit_ratio > 0
 
@@ -50,15 +51,14 @@ def test_a_way_that_differs_shows(random_gpt2, works):
     assert time_row(random_gpt2, work).max_abs_diff == pytest.approx(1, abs=1e-2)
 
 
-def test_chunks_hold_every_patch_once_and_a_sample_is_spread():
+def test_chunks_hold_every_patch_and_a_sample_has_the_mean_depth():
     patches = [(layer, head) for layer in range(30) for head in range(3)]
     whole = chunks(patches, 30, quick=False)
-    assert all(ours == references for ours, references in whole)
-    assert sorted(patch for ours, _ in whole for patch in ours) == patches
+    assert all(ours == patches for ours, _ in whole)
+    assert sorted(patch for _, references in whole for patch in references) == patches
     ((ours, few),) = chunks(patches, 30, quick=True)
     assert set(few) < set(ours) < set(patches)
-    for sample in (ours, few):
-        assert sum(layer for layer, _ in sample) / len(sample) == pytest.approx(14.5, abs=1.1)
+    assert sum(layer for layer, _ in ours) / len(ours) == 14.5
     assert len({head for _, head in few}) == 3
     residual = [(layer, pos) for layer in range(30) for pos in range(16)]
     ((ours, few),) = benchmark_work.residual_chunks(residual, 30, quick=True)

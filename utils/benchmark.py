@@ -3,7 +3,7 @@
     python -m utils.benchmark [--quick]
 
 Every row runs the same patches by all three ways in turn, checks that they agree, and reports
-ratios of times. `--quick` runs a few patches of each row, spread over the layers, and extrapolates;
+ratios of times. `--quick` runs a few patches of each row, in the middle layers, and extrapolates;
 what a sweep costs before its first patch is added once. Writes build/benchmark.json and
 build/benchmark.html.
 """
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def time_row(model: TransformerBridge, work: Work) -> Row:
-    """Time each way on the same chunks, in turn; figures for all patches are extrapolated."""
+    """Time each way in turn, chunk by chunk; the values of patches timed by all are compared."""
     top = max(work.patches)
     setup = min(timed(work.ours, [top])[0] for _ in range(2))  # also warms up
     ways = [work.ours, work.transformer_lens, work.hugging_face]

@@ -1,5 +1,6 @@
 """What the benchmark times: each row's patches, our sweep, and the loops it is compared with."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,30 +205,29 @@ def ablation_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) ->
 
 
 def chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
-    """All patches, in groups spread over the layers; quick: one group, few for the references."""
-    groups = _strided(range(n_layers))
+    """Turns: ours the whole sweep, the references a third of it, spread over the layers.
+
+    Quick: one turn of a quarter of the layers, those in the middle, which have as many blocks above
+    them as all layers have on average; the references get one head of every other one.
+    """
     if not quick:
-        found = [[patch for patch in patches if patch[0] in group] for group in groups]
-        return [(group, group) for group in found]
-    ours = [patch for patch in patches if patch[0] in groups[len(groups) // 2]]
-    n_each = len(ours) // len(groups[len(groups) // 2])
-    # another head in each layer
-    few = [ours[i * n_each + i % n_each] for i in range(len(ours) // n_each)]
-    return [(ours, few)]
+        thirds = [range(n_layers)[i::3] for i in range(min(3, n_layers))]
+        return [(list(patches), [p for p in patches if p[0] in third]) for third in thirds]
+    half = math.ceil(n_layers / 8)
+    middle = range(n_layers // 2 - half, n_layers // 2 + half)
+    ours = [patch for patch in patches if patch[0] in middle]
+    by_layer = [[patch for patch in ours if patch[0] == layer] for layer in middle[::2]]
+    return [(ours, [found[i % len(found)] for i, found in enumerate(by_layer)])]
 
 
 def residual_chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
-    """As `chunks`; the references get every fourth position of every other layer."""
+    """As `chunks`; the references get every fourth position of every fourth layer."""
     found = chunks(patches, n_layers, quick)
     if not quick:
         return found
     ours = found[0][0]
-    layers = sorted({layer for layer, _ in ours})[::2]
+    layers = sorted({layer for layer, _ in ours})[::4]
     return [(ours, [(layer, pos) for layer, pos in ours if layer in layers and pos % 4 == 2])]
-
-
-def _strided(layers: Sequence[int], n: int = 6) -> list[list[int]]:
-    return [list(layers[i::n]) for i in range(min(n, len(layers)))]
 
 
 def block_macs(model: TransformerBridge) -> tuple[int, int]:
