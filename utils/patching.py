@@ -189,7 +189,7 @@ def _hook_name(head: Head, site: str) -> str:
 
 
 def _head_dim(site: str) -> int:
-    """ "pattern" is [prompt head dest src], all others [prompt pos head d_head]."""
+    """Patterns are [prompt head dest src], the other sites [prompt pos head d_head]."""
     return 1 if site == "pattern" else 2
 
 
