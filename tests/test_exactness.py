@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from utils.metrics import answer_probability, logit_diff
 from utils.patching import SITES, SUBLAYERS, LogitDiff, n_site_heads, patch_heads, patch_sublayer
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -29,9 +30,13 @@ def pair(request, model):
 
 
 def metrics(n_prompts):
-    """One that reads two columns of the unembedding, and one that reads all."""
+    """One that reads two columns of the unembedding, and those that get the logits."""
     answers = torch.tensor([[7, 11], [5, 3], [9, 4]])[:n_prompts]
-    return LogitDiff(answers), lambda logits: logits[:, -1].log_softmax(-1)[:, 7]
+    return (
+        LogitDiff(answers),
+        lambda logits: logit_diff(logits, answers),
+        lambda logits: answer_probability(logits, answers).log(),
+    )
 
 
 def whole_run(model, corrupted, name, clean, where):

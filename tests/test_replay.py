@@ -124,7 +124,7 @@ def test_runs_only_the_blocks_at_and_above_the_hook(smollm2):
 
 
 def test_a_model_that_cannot_be_replayed_takes_the_plain_path(random_gpt2, monkeypatch):
-    """A block that counts its calls gives another result when it is run on its own."""
+    """A block that counts its calls gives another result each time."""
     monkeypatch.setattr(replay, "_checked", type(replay._checked)())
     monkeypatch.setattr(replay, "_refused", type(replay._refused)())
     tokens = torch.arange(10, 22)[None]
@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_replayed_takes_the_plain_path(random_gpt2, monke
     def drift(_, args, output):
         calls.append(1)
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden += 0.1 * (len(calls) > 1) * torch.arange(hidden.shape[-1])
+        hidden += 0.1 * len(calls) * torch.arange(hidden.shape[-1])
 
     handle = random_gpt2.blocks[-1].register_forward_hook(drift)
     try:
@@ -148,6 +148,18 @@ def test_a_model_that_cannot_be_replayed_takes_the_plain_path(random_gpt2, monke
         ours = Replay(random_gpt2, tokens).run(hooks, read=slice(-1, None))
         whole = random_gpt2.run_with_hooks(tokens, fwd_hooks=hooks)
     torch.testing.assert_close(ours, whole[:, -1:])
+
+
+def test_the_check_sees_a_patch_that_is_lost(random_gpt2, monkeypatch):
+    """A run that ignores hooks is right as long as nothing is patched."""
+    monkeypatch.setattr(replay, "_checked", type(replay._checked)())
+    monkeypatch.setattr(replay, "_refused", type(replay._refused)())
+    run_from = Replay._run_from
+    monkeypatch.setattr(
+        Replay, "_run_from", lambda self, layers, hooks, *rest: run_from(self, layers, [], *rest)
+    )
+    with torch.no_grad(), pytest.warns(UserWarning, match="plain path"):
+        Replay(random_gpt2, torch.arange(10, 22)[None])
 
 
 def test_no_hooks_are_left_behind(random_gpt2):

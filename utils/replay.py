@@ -109,9 +109,9 @@ class Replay:
             Replay(model, tokens)  # checks the model without hooks
         if model in _refused and not keep:
             return
-        recorded = self._record(keep)
+        self._record(keep)
         if model not in _checked and model not in _refused:
-            self._check(recorded)
+            self._check()
 
     @property
     def _shares_prefix(self) -> bool:
@@ -243,8 +243,8 @@ class Replay:
         self._run_from([0], [put, *keep], start, LAST)
         return kept
 
-    def _record(self, keep: Sequence[str]) -> Float[Tensor, "prompt 1 vocab"]:
-        """Run the prompts once, noting what each block gets; the logits of the last position."""
+    def _record(self, keep: Sequence[str]) -> None:
+        """Run the prompts once, noting what each block gets."""
 
         def note(block, args, kwargs):
             names = inspect.signature(block.original_component.forward).parameters
@@ -260,12 +260,12 @@ class Replay:
         ]
         try:
             with self.model.hooks(fwd_hooks=[*last_position_hooks(), *self._hooks]):
-                if not keep:
-                    return self.model(self.tokens)
-                logits, self.activations = self.model.run_with_cache(
-                    self.tokens, names_filter=list(keep)
-                )
-                return logits
+                if keep:
+                    self.activations = self.model.run_with_cache(
+                        self.tokens, names_filter=list(keep)
+                    )[1]
+                else:
+                    self.model(self.tokens)
         finally:
             for handle in handles:
                 handle.remove()
@@ -295,13 +295,22 @@ class Replay:
                 hidden = out[0] if isinstance(out, tuple) else out
         return hidden[:, read]
 
-    def _check(self, recorded: Float[Tensor, "prompt 1 vocab"]) -> None:
-        """Replay the upper half from the middle position on: the last logits must not change."""
-        layer, middle = self.model.cfg.n_layers // 2, self.tokens.shape[1] // 2
+    def _check(self) -> None:
+        """One patch both ways: the residual stream of the middle position, halfway up, is 0."""
+        layer, middle = (self.model.cfg.n_layers - 1) // 2, self.tokens.shape[1] // 2
         start = middle if self._shares_prefix else 0
+
+        def clear(at: int) -> Hooks:
+            pos = torch.tensor([at], device=self.hidden[0].device)
+            name = f"blocks.{layer}.hook_resid_pre"
+            return [(name, lambda resid, hook: resid.index_fill(1, pos, 0))]
+
+        whole = self.model.run_with_hooks(
+            self.tokens, fwd_hooks=[*last_position_hooks(), *clear(middle)]
+        )
         try:
-            again = self._unembed(self._run_from([layer] * 2, [], start, LAST))
-            exact = torch.allclose(again, _repeat(recorded, 2), atol=1e-3, rtol=1e-4)
+            again = self._unembed(self._run_from([layer] * 2, clear(middle - start), start, LAST))
+            exact = torch.allclose(again, _repeat(whole, 2), atol=1e-3, rtol=1e-4)
         except (TypeError, RuntimeError, AttributeError):
             exact = False
         (_checked if exact else _refused).add(self.model)
