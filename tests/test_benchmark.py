@@ -93,6 +93,13 @@ def test_report(tmp_path, monkeypatch, random_gpt2, works, capsys):
     assert keys | {"limit_ratio"} <= set(row)
     assert row["ratio"] == pytest.approx(row["ours_s"] / row["transformer_lens_s"])
     assert set(report["scaling"]) == set(small)
-    assert "plotly" in (tmp_path / "benchmark.html").read_text()
+    page = (tmp_path / "benchmark.html").read_text()
+    assert "Plotly.newPlot" in page and "cdn.plot.ly/plotly" not in page  # opens without a network
     rows = [Row(**row) for row in report["rows"]]
     assert table(rows, report["scaling"]) in capsys.readouterr().out
+
+    wrong = works[-1].hugging_face
+    works[-1].hugging_face = lambda patches: wrong(patches) + 0.1
+    with pytest.raises(SystemExit, match=f"differ by 0.001 or more in: {works[-1].name}"):
+        benchmark.main()
+    assert (tmp_path / "benchmark.json").exists()

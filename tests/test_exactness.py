@@ -79,3 +79,4 @@ def test_layers_by_position(model, pair, site):
         got = patch_sublayer(model, *pair, metric, site, positions, layers)
         want = torch.stack([metric(logits) for logits in runs], dim=1)
         torch.testing.assert_close(got.flatten(1), want, **EXACT)
+        assert (want - metric(model(corrupted)[:, -1:])[:, None]).abs().max() > 1e-4

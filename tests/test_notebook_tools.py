@@ -62,6 +62,16 @@ def outputs_of(path):
     return [c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
+def test_run_leaves_out_bars_that_are_over_and_keeps_warnings(project):
+    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), leave=False): pass\n0"
+    warning = "import sys\nprint('careful', file=sys.stderr)"
+    write(project, new_code_cell(bar), new_code_cell(warning))
+    assert notebooks.main(["run"]) == 0
+    over, said = outputs_of(project.parent / "build/toy_notebook.ipynb")
+    assert [o.output_type for o in over] == ["execute_result"]
+    assert [o.text for o in said] == ["careful\n"]
+
+
 def test_run_leaves_a_notebook_and_a_page(project, capsys):
     source = write(project, new_markdown_cell("# One"), new_code_cell("import os; os.getcwd()"))
     before = source.read_bytes()

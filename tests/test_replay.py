@@ -124,7 +124,7 @@ def test_runs_only_the_blocks_at_and_above_the_hook(smollm2):
 
 
 def test_a_model_that_cannot_be_replayed_takes_the_plain_path(random_gpt2, monkeypatch):
-    """A block that counts its calls gives another result each time."""
+    """A block that counts its calls gives another result when it is run on its own."""
     monkeypatch.setattr(replay, "_checked", type(replay._checked)())
     monkeypatch.setattr(replay, "_refused", type(replay._refused)())
     tokens = torch.arange(10, 22)[None]
@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_replayed_takes_the_plain_path(random_gpt2, monke
     def drift(_, args, output):
         calls.append(1)
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden += 0.1 * len(calls) * torch.arange(hidden.shape[-1])
+        hidden += 0.1 * (len(calls) > 1) * torch.arange(hidden.shape[-1])
 
     handle = random_gpt2.blocks[-1].register_forward_hook(drift)
     try:

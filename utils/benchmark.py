@@ -2,10 +2,10 @@
 
     python -m utils.benchmark [--quick]
 
-Every row runs the same patches by all three ways in turn, checks that they agree, and reports
-ratios of times. `--quick` runs a few patches of each row, in the middle layers, and extrapolates;
-what a sweep costs before its first patch is added once. Writes build/benchmark.json and
-build/benchmark.html.
+Every row runs the same patches by all three ways in turn, checks that they agree (where they do
+not, it fails at the end), and reports ratios of times. `--quick` runs a few patches of each row, in
+the middle layers, and extrapolates; what a sweep costs before its first patch is added once. Writes
+build/benchmark.json and build/benchmark.html.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from utils.benchmark_scaling import scaling, write_plots
 from utils.benchmark_work import Patch, Sweep, Work, gpt2_works, smollm2_works
 
 BUILD = Path("build")
+AGREE = 1e-3  # the ways may differ by less, in logits or nats
 
 
 @dataclass
@@ -67,6 +69,8 @@ def main() -> None:
     (BUILD / "benchmark.json").write_text(json.dumps(report, indent=1))
     write_plots(report, BUILD / "benchmark.html")
     print("\n" + table(rows, fits))
+    if differ := [row.work for row in rows if not row.max_abs_diff < AGREE]:
+        sys.exit(f"The ways differ by {AGREE} or more in: {', '.join(differ)}.")
 
 
 def time_row(model: TransformerBridge, work: Work) -> Row:
@@ -170,7 +174,7 @@ class PeakMemory:
 def machine() -> dict[str, object]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,

@@ -104,4 +104,4 @@ def write_plots(report: dict, path: Path) -> None:
         figure.update_xaxes(type="log", title=axis, row=place, col=1)
         figure.update_yaxes(type="log", row=place, col=1)
     figure.update_layout(height=400 * (1 + len(fits)), template="plotly_white")
-    figure.write_html(path, include_plotlyjs="cdn")
+    figure.write_html(path)

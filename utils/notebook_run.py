@@ -52,10 +52,16 @@ def execute(
     except DeadKernelError as error:
         raise NotebookFailed(progress.report(f"{error} (out of memory?)")) from None
     finally:
-        for cell in notebook.cells:  # a widget's view is dead once its kernel has gone
+        for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+                cell.outputs = [o for o in cell.outputs if not _leftover(o)]
     return notebook
+
+
+def _leftover(output: nbformat.NotebookNode) -> bool:
+    """A widget's view, which is dead once its kernel has gone, or a progress bar that is over."""
+    over = output.get("name") == "stderr" and not output.text.strip()
+    return over or WIDGET in output.get("data", {})
 
 
 class _OneKernel(KernelSpecManager):

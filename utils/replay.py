@@ -109,9 +109,9 @@ class Replay:
             Replay(model, tokens)  # checks the model without hooks
         if model in _refused and not keep:
             return
-        self._record(keep)
+        recorded = self._record(keep)
         if model not in _checked and model not in _refused:
-            self._check()
+            self._check(recorded)
 
     @property
     def _shares_prefix(self) -> bool:
@@ -243,8 +243,8 @@ class Replay:
         self._run_from([0], [put, *keep], start, LAST)
         return kept
 
-    def _record(self, keep: Sequence[str]) -> None:
-        """Run the prompts once, noting what each block gets."""
+    def _record(self, keep: Sequence[str]) -> Float[Tensor, "prompt 1 vocab"]:
+        """Run the prompts once, noting what each block gets; the logits of the last position."""
 
         def note(block, args, kwargs):
             names = inspect.signature(block.original_component.forward).parameters
@@ -260,12 +260,12 @@ class Replay:
         ]
         try:
             with self.model.hooks(fwd_hooks=[*last_position_hooks(), *self._hooks]):
-                if keep:
-                    self.activations = self.model.run_with_cache(
-                        self.tokens, names_filter=list(keep)
-                    )[1]
-                else:
-                    self.model(self.tokens)
+                if not keep:
+                    return self.model(self.tokens)
+                logits, self.activations = self.model.run_with_cache(
+                    self.tokens, names_filter=list(keep)
+                )
+                return logits
         finally:
             for handle in handles:
                 handle.remove()
@@ -295,22 +295,26 @@ class Replay:
                 hidden = out[0] if isinstance(out, tuple) else out
         return hidden[:, read]
 
-    def _check(self) -> None:
-        """One patch both ways: the residual stream of the middle position, halfway up, is 0."""
+    def _check(self, recorded: Float[Tensor, "prompt 1 vocab"]) -> None:
+        """One patch both ways, beside a copy without it: the same logits at the last position.
+
+        The patch sets the residual stream halfway up to 0, from the middle position on.
+        """
         layer, middle = (self.model.cfg.n_layers - 1) // 2, self.tokens.shape[1] // 2
         start = middle if self._shares_prefix else 0
 
         def clear(at: int) -> Hooks:
-            pos = torch.tensor([at], device=self.hidden[0].device)
-            name = f"blocks.{layer}.hook_resid_pre"
-            return [(name, lambda resid, hook: resid.index_fill(1, pos, 0))]
+            def hook_fn(resid: Tensor, hook) -> Tensor:
+                return torch.cat([resid[:, :at], torch.zeros_like(resid[:, at:])], dim=1)
 
-        whole = self.model.run_with_hooks(
-            self.tokens, fwd_hooks=[*last_position_hooks(), *clear(middle)]
-        )
+            return [(f"blocks.{layer}.hook_resid_pre", hook_fn)]
+
+        whole_hooks = [*last_position_hooks(), *clear(middle)]
+        whole = self.model.run_with_hooks(self.tokens, fwd_hooks=whole_hooks)
+        hooks = by_copy([clear(middle - start), []], len(self.tokens))
         try:
-            again = self._unembed(self._run_from([layer] * 2, clear(middle - start), start, LAST))
-            exact = torch.allclose(again, _repeat(whole, 2), atol=1e-3, rtol=1e-4)
+            again = self._unembed(self._run_from([layer] * 2, hooks, start, LAST))
+            exact = torch.allclose(again, torch.cat([whole, recorded]), atol=1e-3, rtol=1e-4)
         except (TypeError, RuntimeError, AttributeError):
             exact = False
         (_checked if exact else _refused).add(self.model)
@@ -358,10 +362,6 @@ def layer_of(hook_name: str) -> int:
     return int(match.group(1))
 
 
-def _repeat(value: Tensor, copies: int) -> Tensor:
-    return value if copies == 1 else value.repeat(copies, *[1] * (value.ndim - 1))
-
-
 def _fitted(name: str, value: Any, start: int, copies: int) -> Any:
     """A recorded argument of a block, for the positions from `start` on and so many copies."""
     if name not in POSITION_DIM or value is None:
@@ -371,4 +371,5 @@ def _fitted(name: str, value: Any, start: int, copies: int) -> Any:
     dim = POSITION_DIM[name]
     value = value.narrow(dim, start, value.shape[dim] - start)
     # one row for all prompts is broadcast, as it was in the recorded run
-    return value if value.ndim == 1 or len(value) == 1 else _repeat(value, copies)
+    alone = value.ndim == 1 or len(value) == 1
+    return value if alone else value.repeat(copies, *[1] * (value.ndim - 1))
