@@ -19,16 +19,16 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.html to open
-	$(VENV_PYTHON) -m utils.notebooks run $(ARGS)
+	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
 
 test: $(INSTALLED) ## run every test, the notebooks included
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
 
 benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a sample)
-	$(VENV_PYTHON) -m utils.benchmark $(ARGS)
+	$(VENV_PYTHON) -m tools.benchmark $(ARGS)
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed
-	$(VENV_PYTHON) -m utils.notebooks outputs $(ARGS)
+	$(VENV_PYTHON) -m tools.notebooks outputs $(ARGS)
 
 $(INSTALLED): $(if $(BROKEN),remake)
 	@rm -f .venv/installed-*

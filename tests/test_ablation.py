@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from utils import metrics, replay
+from utils import metrics
+from utils.engine import replay
 from utils.ablation import (
     ablation_sweep,
     freeze_pattern_hooks,

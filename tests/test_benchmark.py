@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from utils import benchmark, benchmark_scaling, benchmark_work
-from utils.benchmark import Row, matmul_rate, table, time_row
-from utils.benchmark_scaling import exponent
-from utils.benchmark_work import block_macs, chunks
+from tools import benchmark, benchmark_scaling, benchmark_work
+from tools.benchmark import Row, matmul_rate, table, time_row
+from tools.benchmark_scaling import exponent
+from tools.benchmark_work import block_macs, chunks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

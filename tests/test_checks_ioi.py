@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils import checks_ioi as checks
+import ioi_exercises as checks
 
 
 def told(capsys, check, answer):

@@ -4,7 +4,7 @@ import einops
 import pytest
 import torch
 
-from utils import checks_induction as checks
+import induction_exercises as checks
 
 
 def told(capsys, check, answer):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils import checks_induction as checks
+import induction_exercises as checks
 
 
 def told(capsys, check, answer):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from utils import hub
+from utils.models import hub
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -80,9 +80,9 @@ SET_UP = [
     "target, work",
     [
         ("test", "pytest tests"),
-        ("notebooks", "utils.notebooks run"),
-        ("benchmark", "utils.benchmark"),
-        ("outputs", "utils.notebooks outputs"),
+        ("notebooks", "tools.notebooks run"),
+        ("benchmark", "tools.benchmark"),
+        ("outputs", "tools.notebooks outputs"),
     ],
 )
 def test_a_target_sets_itself_up_once(copy, target, work):

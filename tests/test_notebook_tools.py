@@ -10,11 +10,11 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from utils import notebook_exercises, notebook_outputs, notebooks
+from tools import notebook_exercises, notebook_outputs, notebooks
 from utils.exercises import Exercises
 from utils.files import ROOT, read_json, write_json
 from utils.ledger import markdown_table
-from utils.notebook_run import _Progress
+from tools.notebook_run import _Progress
 
 PNG = base64.b64encode(b"a picture").decode()
 HEADER = """
@@ -270,7 +270,7 @@ second = 2
 
 @pytest.fixture
 def checks(monkeypatch):
-    module = types.ModuleType("utils.checks_fake")
+    module = types.ModuleType("fake_exercises")
     module.double = Exercises().add(
         number=1,
         title="double",
@@ -278,14 +278,14 @@ def checks(monkeypatch):
         cases=lambda: {"three": (3.0,)},
         mistakes={"square": (lambda x: x**2, "You squared it.")},
     )
-    monkeypatch.setitem(sys.modules, "utils.checks_fake", module)
+    monkeypatch.setitem(sys.modules, "fake_exercises", module)
     return module
 
 
 def exercise_notebook(stub=STUB, check="checks.double(double)", prose=SOLUTION):
     return new_notebook(
         cells=[
-            new_code_cell("from utils import checks_fake as checks"),
+            new_code_cell("import fake_exercises as checks"),
             new_code_cell(stub),
             new_code_cell(check),
             new_markdown_cell(prose),

@@ -15,9 +15,9 @@ import pytest
 from utils.claims import CLAIMS
 from utils.files import ROOT, read_json
 from utils.ledger import compare
-from utils.notebook_exercises import COMPARED, find_exercises, write_solved
-from utils.notebook_outputs import MAX_BYTES, readmes, with_tables
-from utils.notebook_run import execute
+from tools.notebook_exercises import COMPARED, find_exercises, write_solved
+from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
+from tools.notebook_run import execute
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
@@ -197,7 +197,7 @@ def test_every_figure_has_a_picture_that_github_shows(path):
 def test_readme_tables_are_those_of_the_committed_results(readme):
     text = readme.read_text(encoding="utf-8")
     assert "<!-- results:start" in text
-    assert with_tables(readme) == text, "run `make outputs`, or python -m utils.notebooks readme"
+    assert with_tables(readme) == text, "run `make outputs`, or python -m tools.notebooks readme"
 
 
 @every_notebook

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
-from utils import replay
+from utils.engine import replay
 from utils.metrics import logit_diff
-from utils.packs import in_packs, pack_size
+from utils.engine.packs import in_packs, pack_size
 from utils.patching import LogitDiff
-from utils.replay import Replay
-from utils.shortcuts import given_attention
+from utils.engine.replay import Replay
+from utils.engine.shortcuts import given_attention
 
 FIRST = 6  # first position the interventions below change
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import cache, weights
-from utils.weights import load_smollm2, read_folder
+from utils.models import cache, weights
+from utils.models.weights import load_smollm2, read_folder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -142,7 +142,7 @@ def test_what_a_killed_writer_left_is_removed_later(conversion):
 WRITER = """
 import sys, time
 from pathlib import Path
-from utils import cache, weights
+from utils.models import cache, weights
 
 def convert(path):
     with open(sys.argv[2], "a") as log:

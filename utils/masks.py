@@ -17,8 +17,8 @@ from utils.ablation import head_outputs
 from utils.heads import check_heads
 from utils.ioi import IOIPrompts
 from utils.metrics import logit_diff, token_batches
-from utils.packs import in_packs, pack_size
-from utils.replay import Metric, Replay, layer_of
+from utils.engine.packs import in_packs, pack_size
+from utils.engine.replay import Metric, Replay, layer_of
 from utils.roles import Node
 
 Hooks = Sequence[tuple[str, Callable]]

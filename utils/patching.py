@@ -1,6 +1,6 @@
 """Activation patching: run the corrupted prompts with one activation taken from the clean run.
 
-Only what a patch can change is run again (`utils.replay`); the results are those of
+Only what a patch can change is run again (`utils.engine.replay`); the results are those of
 `transformer_lens.patching`, one value per prompt.
 """
 
@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.heads import Head
 from utils.metrics import last_position_hooks, logit_diff
 from utils.prompts import check_tokens
-from utils.replay import Metric, Replay
+from utils.engine.replay import Metric, Replay
 
 SITES = ("z", "q", "k", "v", "pattern")
 SUBLAYERS = ("resid_pre", "attn_out", "mlp_out")

@@ -6,7 +6,7 @@ Everything stays as in the original run but (Wang et al. 2022, section 3 and app
 
 All other heads are frozen, and without attention positions do not mix. So the way from sender to
 receivers is run at the receivers' positions alone, computes no attention, and takes many senders
-at once; the run from the receivers on is replayed (`utils.replay`).
+at once; the run from the receivers on is replayed (`utils.engine.replay`).
 """
 
 import warnings
@@ -21,10 +21,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.heads import Head, all_heads, cache_heads, check_heads, key_value_head
-from utils.packs import in_packs, pack_size
+from utils.engine.packs import in_packs, pack_size
 from utils.patching import check_pair, n_site_heads
-from utils.replay import Metric, Replay
-from utils.shortcuts import given_attention
+from utils.engine.replay import Metric, Replay
+from utils.engine.shortcuts import given_attention
 
 INPUTS = ("q", "k", "v")
 _checked: WeakSet = WeakSet()

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from utils.ablation import head_means, losses, mean_ablation_hooks
-from utils.benchmark_references import (
+from tools.benchmark_references import (
     hugging_face_ablation,
     hugging_face_loop,
     transformer_lens_loop,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from utils.checks_ioi_basics import (
+from ioi_basic_exercises import (
     EXERCISES,
     corrupt_s2,
     direct_attribution,

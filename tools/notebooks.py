@@ -1,9 +1,9 @@
 """Run the notebooks, refresh what is committed of them, fill in their solutions.
 
-    python -m utils.notebooks run [NAME ...]       execute into build/<name>.ipynb and .html
-    python -m utils.notebooks solve [NAME ...]     copies with every exercise solved
-    python -m utils.notebooks outputs [NAME ...]   rewrite committed outputs, results and tables
-    python -m utils.notebooks readme               rewrite the tables of the READMEs alone
+    python -m tools.notebooks run [NAME ...]       execute into build/<name>.ipynb and .html
+    python -m tools.notebooks solve [NAME ...]     copies with every exercise solved
+    python -m tools.notebooks outputs [NAME ...]   rewrite committed outputs, results and tables
+    python -m tools.notebooks readme               rewrite the tables of the READMEs alone
 
 NAME is a part of a notebook's path, such as "induction"; none means all of them.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 
 from utils.files import ROOT, write_file
-from utils.notebook_run import NotebookFailed, execute
+from tools.notebook_run import NotebookFailed, execute
 
 BUILD = ROOT / "build"
 # Interactive both in Jupyter (first form) and in the page that nbconvert makes (second form).
@@ -67,7 +67,7 @@ def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m utils.notebooks",
+        prog="python -m tools.notebooks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             run(paths)
             return 0
         # These need torch and pandas, which take seconds to import: `run` starts at once.
-        from utils import notebook_exercises, notebook_outputs
+        from tools import notebook_exercises, notebook_outputs
 
         if options.command == "outputs":
             notebook_outputs.refresh(paths)

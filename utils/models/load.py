@@ -16,9 +16,9 @@ from transformer_lens.model_bridge.sources.transformers import (
 from transformer_lens.utilities import get_device
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.cache import file_sha256
-from utils.hub import GPT2_ID, cached_folder, hub_folder, hub_reachable
-from utils.weights import GGUF_SHA256, Weights, load_smollm2, missing_part, read_folder
+from utils.models.cache import file_sha256
+from utils.models.hub import GPT2_ID, cached_folder, hub_folder, hub_reachable
+from utils.models.weights import GGUF_SHA256, Weights, load_smollm2, missing_part, read_folder
 
 __all__ = ["hub_reachable", "load_hf", "load_model", "model_label", "weights_digest"]
 

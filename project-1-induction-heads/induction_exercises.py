@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.checks_toy import (
+from toy_exercises import (
     EXERCISES,
     composition_score,
     eigenvalue_copying,

@@ -1,0 +1,1 @@
+"""Maintainers' tools: run and export the notebooks, the benchmark."""
