@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from utils import metrics
-from utils.engine import replay
 from utils.ablation import (
     ablation_sweep,
     freeze_pattern_hooks,
@@ -19,6 +18,7 @@ from utils.ablation import (
     resample_ablation_hooks,
     zero_ablation_hooks,
 )
+from utils.engine import replay
 from utils.heads import cache_heads
 from utils.metrics import per_token_loss
 from utils.prompts import repeated_tokens

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from utils.models import load as models
-from utils.models.hub import hub_reachable
 from utils.models import load_hf, load_model, model_label, weights_digest
+from utils.models.hub import hub_reachable
 from utils.models.weights import GGUF_SHA256, convert_gguf, find_gguf, load_smollm2
 
 

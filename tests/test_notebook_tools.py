@@ -11,10 +11,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tools import notebook_exercises, notebook_outputs, notebooks
+from tools.notebook_run import _Progress
 from utils.exercises import Exercises
 from utils.files import ROOT, read_json, write_json
 from utils.ledger import markdown_table
-from tools.notebook_run import _Progress
 
 PNG = base64.b64encode(b"a picture").decode()
 HEADER = """

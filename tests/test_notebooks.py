@@ -12,12 +12,12 @@ import sys
 import nbformat
 import pytest
 
-from utils.claims import CLAIMS
-from utils.files import ROOT, read_json
-from utils.ledger import compare
 from tools.notebook_exercises import COMPARED, find_exercises, write_solved
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
+from utils.claims import CLAIMS
+from utils.files import ROOT, read_json
+from utils.ledger import compare
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from utils.engine import replay
-from utils.metrics import logit_diff
 from utils.engine.packs import in_packs, pack_size
-from utils.patching import LogitDiff
 from utils.engine.replay import Replay
 from utils.engine.shortcuts import given_attention
+from utils.metrics import logit_diff
+from utils.patching import LogitDiff
 
 FIRST = 6  # first position the interventions below change
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from utils.ablation import head_means, losses, mean_ablation_hooks
 from tools.benchmark_references import (
     hugging_face_ablation,
     hugging_face_loop,
     transformer_lens_loop,
     two_pass_recipe,
 )
+from utils.ablation import head_means, losses, mean_ablation_hooks
 from utils.heads import Head
 from utils.ioi import ioi_prompts
 from utils.metrics import half_losses, per_token_loss

@@ -87,7 +87,7 @@ def write_solved(path: Path, folder: Path) -> Path:
 
 def _checks_module(notebook: nbformat.NotebookNode) -> object | None:
     source = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    found = re.search(r"XX
+    found = re.search(r"import (\w+_exercises) as checks", source)
     return importlib.import_module(found[1]) if found else None
 
 

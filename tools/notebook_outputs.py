@@ -15,10 +15,10 @@ from pathlib import Path
 
 import nbformat
 
-from utils.files import ROOT, read_json, write_file, write_json
-from utils.ledger import markdown_table, merge_seeds
 from tools.notebook_exercises import mark_checks
 from tools.notebook_run import execute
+from utils.files import ROOT, read_json, write_file, write_json
+from utils.ledger import markdown_table, merge_seeds
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import nbformat
 
-from utils.files import ROOT, write_file
 from tools.notebook_run import NotebookFailed, execute
+from utils.files import ROOT, write_file
 
 BUILD = ROOT / "build"
 # Interactive both in Jupyter (first form) and in the page that nbconvert makes (second form).

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.replay import Metric, Replay
 from utils.heads import Head, all_heads, cache_heads, check_heads
 from utils.metrics import token_batches
-from utils.engine.replay import Metric, Replay
 
 Hooks = Sequence[tuple[str, Callable]]
 Name = TypeVar("Name", bound=Hashable)
@@ -127,7 +127,7 @@ def losses(
 ) -> dict[Name, Float[Tensor, "prompt pos-1"]]:
     """Loss in nats of predicting each token but the first, under each set of hooks.
 
-    What lies below an intervention is run once for all of them (`utils.engine.replay`). `columns` are
+    What lies below an intervention is run once for all of them. `columns` are
     those of the loss to compute (column i is about token i + 1); the others are nan, and cost no
     unembedding. Raises ValueError for a column out of range, for no interventions, and as
     `check_tokens`.

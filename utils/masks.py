@@ -14,11 +14,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.ablation import head_outputs
+from utils.engine.packs import in_packs, pack_size
+from utils.engine.replay import Metric, Replay, layer_of
 from utils.heads import check_heads
 from utils.ioi import IOIPrompts
 from utils.metrics import logit_diff, token_batches
-from utils.engine.packs import in_packs, pack_size
-from utils.engine.replay import Metric, Replay, layer_of
 from utils.roles import Node
 
 Hooks = Sequence[tuple[str, Callable]]

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.replay import Metric, Replay
 from utils.heads import Head
 from utils.metrics import last_position_hooks, logit_diff
 from utils.prompts import check_tokens
-from utils.engine.replay import Metric, Replay
 
 SITES = ("z", "q", "k", "v", "pattern")
 SUBLAYERS = ("resid_pre", "attn_out", "mlp_out")

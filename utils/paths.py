@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.heads import Head, all_heads, cache_heads, check_heads, key_value_head
 from utils.engine.packs import in_packs, pack_size
-from utils.patching import check_pair, n_site_heads
 from utils.engine.replay import Metric, Replay
 from utils.engine.shortcuts import given_attention
+from utils.heads import Head, all_heads, cache_heads, check_heads, key_value_head
+from utils.patching import check_pair, n_site_heads
 
 INPUTS = ("q", "k", "v")
 _checked: WeakSet = WeakSet()

@@ -27,10 +27,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.metrics import last_position_hooks
 from utils.engine.packs import by_copy, in_packs, pack_size
-from utils.prompts import check_tokens, start_token
 from utils.engine.shortcuts import mlp_only_at
+from utils.metrics import last_position_hooks
+from utils.prompts import check_tokens, start_token
 
 Hooks = Sequence[tuple[str, Callable]]
 Read = slice | list[int]
