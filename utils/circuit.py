@@ -1,54 +1,45 @@
-"""Run a circuit alone, and say how well it stands for the whole model.
+"""A circuit as plain data, run alone, and how well it stands for the whole model.
 
-A circuit is plain data (`utils.roles`): role -> heads, each role at its position. To run it, the
-output z of every head at every position that is no node of it is replaced by its mean over the ABC
-distribution, template by template; MLPs and embeddings are left alone (Wang et al. 2022, section
-2.1). F is the logit difference, M the model, C the circuit; C - K and M - K are without the
+A circuit is role -> heads, each role at its position of the prompt; a head at a position is a node.
+To run it alone, the output z of every other head at every position is replaced by its mean over
+the ABC distribution, template by template; MLPs and embeddings are left alone (Wang et al. 2022,
+section 2.1). F is the logit difference, M the model, C the circuit; C - K and M - K are without the
 nodes K.
 """
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.heads import Head
+from utils.edits import Edit, Run, hook_name, nodes_from, record, sweep
+from utils.heads import Head, all_heads, check_heads
 from utils.ioi import IOIPrompts
-from utils.masks import Means, abc_means, keep_mask, masked_logit_diffs, mean_ablation_mask_hooks
-from utils.metrics import Estimate, estimate
-from utils.roles import (
-    PAPER_CIRCUIT,
-    ROLE_POSITIONS,
-    Circuit,
-    Node,
-    nodes,
-    precision_recall,
-    random_circuits,
-    select_heads,
-)
+from utils.metrics import Estimate, LogitDiff, estimate, token_batches
+from utils.typed import checked
 
-__all__ = [
-    "PAPER_CIRCUIT",
-    "ROLE_POSITIONS",
-    "Circuit",
-    "Faithfulness",
-    "Node",
-    "abc_means",
-    "completeness",
-    "faithfulness",
-    "keep_mask",
-    "mean_ablation_mask_hooks",
-    "minimality",
-    "nodes",
-    "precision_recall",
-    "random_circuits",
-    "run_circuit",
-    "run_knockout",
-    "select_heads",
-]
+Circuit = dict[str, list[Head]]
+Node = tuple[Head, str]
+
+# Where each role does its work: Wang et al. 2022, figure 2. The last four are not the paper's:
+# heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
+ROLE_POSITIONS = {
+    "previous_token": "S1+1",
+    "duplicate_token": "S2",
+    "induction": "S2",
+    "s_inhibition": "END",
+    "name_mover": "END",
+    "negative_name_mover": "END",
+    "backup_name_mover": "END",
+    "subject_suppressor": "END",
+    "subject_mover": "END",
+    "amplifier": "END",
+    "damper": "END",
+}
 
 
 class Faithfulness(NamedTuple):
@@ -58,33 +49,147 @@ class Faithfulness(NamedTuple):
     gap: Estimate
 
 
+@checked
+def select_heads(
+    effects: Float[Tensor, "prompt layer head"], threshold: float, sign: int, n_errors: float = 3
+) -> list[Head]:
+    """Heads whose mean effect has this sign and exceeds the threshold, largest first.
+
+    The mean must also be more than `n_errors` standard errors away from zero. Raises ValueError
+    for fewer than two prompts, a negative threshold, or a sign that is neither +1 nor -1.
+    """
+    if len(effects) < 2:
+        raise ValueError(f"effects must be of 2 or more prompts, got {len(effects)}")
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
+    if threshold < 0:
+        raise ValueError(f"threshold is a size and must not be negative, got {threshold}")
+    mean = sign * effects.mean(0)
+    stderr = effects.std(0) / math.sqrt(len(effects))
+    chosen = ((mean > threshold) & (mean > n_errors * stderr)).nonzero().tolist()
+    return [Head(*head) for head in sorted(chosen, key=lambda at: -mean[tuple(at)].item())]
+
+
+def nodes(circuit: Circuit) -> set[Node]:
+    """Every (head, position name) of a circuit. Raises ValueError for a role without a position."""
+    for role in circuit:
+        if role not in ROLE_POSITIONS:
+            raise ValueError(f"circuit: role {role!r} has no position in {ROLE_POSITIONS}")
+    return {
+        (Head(*head), ROLE_POSITIONS[role]) for role, heads in circuit.items() for head in heads
+    }
+
+
+def random_circuits(
+    model: TransformerBridge, circuit: Circuit, n_draws: int, seed: int = 0
+) -> list[Circuit]:
+    """Circuits of the same size, role by role, drawn from the heads that are not in the circuit.
+
+    Raises ValueError for fewer than one draw, and when the model has too few other heads.
+    """
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+    sizes = [len(heads) for heads in circuit.values()]
+    taken = set(check_heads(model, (head for heads in circuit.values() for head in heads)))
+    others = [head for head in all_heads(model) if head not in taken]
+    if len(others) < sum(sizes):
+        raise ValueError(f"circuit has {sum(sizes)} heads, the model only {len(others)} others")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Circuit:
+        order = torch.randperm(len(others), generator=generator)[: sum(sizes)]
+        parts = zip(circuit, order.split(sizes), strict=True)
+        return {role: [others[i] for i in part.tolist()] for role, part in parts}
+
+    return [draw() for _ in range(n_draws)]
+
+
+@checked
 @torch.no_grad()
-def run_circuit(
-    model: TransformerBridge, prompts: IOIPrompts, means: Means, kept: Set[Node]
-) -> Float[Tensor, "prompt"]:
-    """F(C): logit difference with every node but `kept` mean-ablated (`abc_means`)."""
-    return masked_logit_diffs(model, prompts, means, [~keep_mask(model, prompts, kept)])[0]
+def abc_means(
+    model: TransformerBridge, prompts: IOIPrompts
+) -> Float[Tensor, "template layer pos head d_head"]:
+    """Mean output z of every head over the ABC prompts of each template (section 2.1).
+
+    Take a larger draw than the prompts that are evaluated, with another seed. A template without
+    prompts is nan.
+    """
+    tokens = prompts.corrupted["abc"]
+    template = prompts.template.to(tokens.device)
+    n_prompts = torch.bincount(template)
+    total: Tensor | float = 0.0
+    batches = token_batches(model, tokens)
+    for batch, which in zip(batches, template.split([len(b) for b in batches]), strict=True):
+        z = torch.stack(list(record(model, batch, ["z"]).activations.values()), dim=1)
+        total = total + z.new_zeros(len(n_prompts), *z.shape[1:]).index_add(0, which, z)
+    return total / n_prompts.view(-1, 1, 1, 1, 1)
 
 
-@torch.no_grad()
-def run_knockout(
-    model: TransformerBridge, prompts: IOIPrompts, means: Means, removed: Set[Node]
-) -> Float[Tensor, "prompt"]:
-    """F(M - K): logit difference of the full model with the nodes `removed` mean-ablated."""
-    return masked_logit_diffs(model, prompts, means, [keep_mask(model, prompts, removed)])[0]
+def keep_mask(
+    model: TransformerBridge, prompts: IOIPrompts, kept: Set[Node]
+) -> Bool[Tensor, "prompt layer pos head"]:
+    """True at every kept node, at that position of each prompt; False at every other.
+
+    Raises ValueError for a head the model lacks or a position the prompts lack.
+    """
+    n_prompts, n_positions = prompts.tokens.shape
+    shape = (n_prompts, model.cfg.n_layers, n_positions, model.cfg.n_heads)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for head, position in kept:
+        layer, index = check_heads(model, [head])[0]
+        if position not in prompts.positions:
+            raise ValueError(f"no position {position!r}, prompts have {list(prompts.positions)}")
+        mask[torch.arange(n_prompts), layer, prompts.positions[position].cpu(), index] = True
+    return mask
 
 
+def means_run(prompts: IOIPrompts, means: Float[Tensor, "template layer pos head d_head"]) -> Run:
+    """The `abc_means` of each prompt's own template, as a run to take activations from.
+
+    Raises ValueError for means of another length, or that lack a prompt's template.
+    """
+    template, n_positions = prompts.template.to(means.device), prompts.tokens.shape[1]
+    if means.shape[2] != n_positions:
+        raise ValueError(f"means are for {means.shape[2]} positions, prompts have {n_positions}")
+    has = ~means[:, 0, 0, 0, 0].isnan()
+    lacking = [t for t in template.unique().tolist() if t >= len(has) or not has[t]]
+    if lacking:
+        raise ValueError(f"means lacks template {lacking}: take them over more prompts")
+    return Run({hook_name(la, "z"): means[template, la] for la in range(means.shape[1])})
+
+
+def knock_out(
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, removed: Set[Node]
+) -> list[Edit]:
+    """Edits that mean-ablate these nodes."""
+    return nodes_from(keep_mask(model, prompts, removed), means)
+
+
+def outside(
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
+) -> list[Edit]:
+    """Edits that mean-ablate all but these nodes: every other head, at every position."""
+    return nodes_from(~keep_mask(model, prompts, kept), means)
+
+
+def logit_diffs(
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    interventions: Sequence[Sequence[Edit]],
+    base: Sequence[Edit] = (),
+) -> Float[Tensor, "intervention prompt"]:
+    """F: the logit difference under each intervention, on top of the edits in `base`."""
+    metric = LogitDiff(prompts.answers)
+    return sweep(model, prompts.tokens, metric, interventions, base, desc="circuits")
+
+
+@checked
 def faithfulness(circuit: Float[Tensor, "prompt"], model: Float[Tensor, "prompt"]) -> Faithfulness:
     """Mean F(C) over mean F(M), and |mean F(M) - mean F(C)| (Wang et al. 2022, section 4).
 
     The standard error of the ratio r is by the delta method: that of F(C) - r F(M), over the mean
-    of F(M). Raises ValueError when the shapes differ or F(M) has mean zero.
+    of F(M). Raises ValueError when F(M) has mean zero.
     """
-    if circuit.ndim != 1 or circuit.shape != model.shape:
-        raise ValueError(
-            f"circuit and model must both be [prompt], got {tuple(circuit.shape)} "
-            f"and {tuple(model.shape)}"
-        )
     whole = model.float().mean().item()
     if abs(whole) < 1e-6:
         raise ValueError("model: the mean logit difference is zero, nothing to be faithful to")
@@ -94,57 +199,49 @@ def faithfulness(circuit: Float[Tensor, "prompt"], model: Float[Tensor, "prompt"
     return Faithfulness(Estimate(ratio, error, len(model)), gap._replace(mean=abs(gap.mean)))
 
 
-@torch.no_grad()
 def completeness(
     model: TransformerBridge,
     prompts: IOIPrompts,
-    means: Means,
+    means: Run,
     circuit: Circuit,
-    role_positions: Mapping[str, str] = ROLE_POSITIONS,
 ) -> dict[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]]:
     """Per role G: F(C - G) and F(M - G), and under "none" F(C) and F(M) (section 4.1).
 
     A complete circuit moves as the model does when the same nodes are knocked out of both.
     """
-    kept = nodes(circuit, role_positions)
-    groups = {"none": set()} | {
-        role: nodes({role: heads}, role_positions) for role, heads in circuit.items()
-    }
-    masks = [keep_mask(model, prompts, group) for group in groups.values()]
-    outside = ~keep_mask(model, prompts, kept)
-    in_circuit = masked_logit_diffs(model, prompts, means, [outside | mask for mask in masks])
-    in_model = masked_logit_diffs(model, prompts, means, masks)
-    return dict(zip(groups, zip(in_circuit, in_model, strict=True), strict=True))
+    groups = [nodes({role: heads}) for role, heads in circuit.items()]
+    without = [[], *(knock_out(model, prompts, means, group) for group in groups)]
+    kept = outside(model, prompts, means, nodes(circuit))
+    in_circuit = logit_diffs(model, prompts, without, base=kept)
+    in_model = logit_diffs(model, prompts, without)
+    return dict(zip(["none", *circuit], zip(in_circuit, in_model, strict=True), strict=True))
 
 
-@torch.no_grad()
 def minimality(
     model: TransformerBridge,
     prompts: IOIPrompts,
-    means: Means,
+    means: Run,
     circuit: Circuit,
-    role_positions: Mapping[str, str] = ROLE_POSITIONS,
 ) -> dict[Node, Float[Tensor, "prompt"]]:
     """Per node v of the circuit: F(C - K) - F(C - K - v), what v adds (section 4.2).
 
     The paper picks K for each head by hand. Here K is empty or the rest of v's role, whichever
     shows the larger mean change: heads of a role stand in for each other.
     """
-    role_of: dict[Node, set[Node]] = {}
+    role_of: dict[Node, frozenset[Node]] = {}
     for role, heads in circuit.items():
-        group = nodes({role: heads}, role_positions)
+        group = frozenset(nodes({role: heads}))
         for head in heads:
-            role_of.setdefault((Head(*head), role_positions[role]), group)
-    outside = ~keep_mask(model, prompts, set(role_of))
-    removed = [frozenset()] + [
-        frozenset(k) for v, role in role_of.items() for k in ({v}, role - {v}, role)
-    ]
+            role_of.setdefault((Head(*head), ROLE_POSITIONS[role]), group)
+    removed = [frozenset()]
+    removed += [k for v, role in role_of.items() for k in (frozenset({v}), role - {v}, role)]
     removed = list(dict.fromkeys(removed))
-    masks = [outside | keep_mask(model, prompts, k) for k in removed]
-    f = dict(zip(removed, masked_logit_diffs(model, prompts, means, masks), strict=True))
+    without = [knock_out(model, prompts, means, k) for k in removed]
+    kept = outside(model, prompts, means, set(role_of))
+    f = dict(zip(removed, logit_diffs(model, prompts, without, base=kept), strict=True))
     result = {}
     for v, role in role_of.items():
         alone = f[frozenset()] - f[frozenset({v})]
-        after_the_rest = f[frozenset(role - {v})] - f[frozenset(role)]
+        after_the_rest = f[role - {v}] - f[role]
         result[v] = max(alone, after_the_rest, key=lambda change: change.mean().abs())
     return result

@@ -11,10 +11,13 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.metrics import last_position_hooks, token_batches
+from utils.typed import checked
+
+HEAD_SITES = ("z", "q", "k", "v", "pattern")
 
 
 class Head(NamedTuple):
-    """One attention head; prints as "L5H1", `dotted` gives the papers' "5.1"."""
+    """One attention head; prints as "L5H1" (the papers' 5.1)."""
 
     layer: int
     head: int
@@ -22,36 +25,46 @@ class Head(NamedTuple):
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
 
-    @property
-    def dotted(self) -> str:
-        return f"{self.layer}.{self.head}"
+
+def n_site_heads(model: TransformerBridge, site: str = "z") -> int:
+    """Heads of a layer at a site: fewer for "k" and "v" where query heads share keys and values.
+
+    Raises ValueError for a site other than "z", "q", "k", "v" and "pattern".
+    """
+    if site not in HEAD_SITES:
+        raise ValueError(f"site must be one of {HEAD_SITES}, got {site!r}")
+    grouped = getattr(model.cfg, "n_key_value_heads", None) if site in ("k", "v") else None
+    return grouped or model.cfg.n_heads
 
 
-def check_heads(model: TransformerBridge, heads: Iterable[tuple[int, int]]) -> list[Head]:
-    """The heads as a list of `Head`; ValueError if there are none or the model lacks one."""
-    checked = [Head(*head) for head in heads]
-    if not checked:
+@checked
+def check_heads(
+    model: TransformerBridge, heads: Iterable[tuple[int, int]], site: str = "z"
+) -> list[Head]:
+    """The heads as a list of `Head`; ValueError if there are none or the model lacks one there."""
+    chosen = [Head(*head) for head in heads]
+    if not chosen:
         raise ValueError("heads is empty, give at least one head")
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    for layer, head in checked:
-        if not (0 <= layer < n_layers and 0 <= head < n_heads):
-            raise ValueError(f"no head L{layer}H{head} in {n_layers} layers of {n_heads} heads")
-    return checked
+    n_layers, n_heads = model.cfg.n_layers, n_site_heads(model, site)
+    for head in chosen:
+        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
+            raise ValueError(f"no head {head} at {site!r}: {n_layers} layers of {n_heads} heads")
+    return chosen
 
 
-def all_heads(model: TransformerBridge) -> list[Head]:
-    """Every head of the model, layer by layer."""
-    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+def all_heads(model: TransformerBridge, site: str = "z") -> list[Head]:
+    """Every head of the model at a site, layer by layer."""
+    layers, heads = range(model.cfg.n_layers), range(n_site_heads(model, site))
     return [Head(layer, head) for layer in layers for head in heads]
 
 
 def key_value_head(model: TransformerBridge, head: tuple[int, int]) -> Head:
     """The key/value head that a query head reads; under grouped keys several share one."""
     layer, index = check_heads(model, [head])[0]
-    n_key_value_heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
-    return Head(layer, index * n_key_value_heads // model.cfg.n_heads)
+    return Head(layer, index * n_site_heads(model, "k") // model.cfg.n_heads)
 
 
+@checked
 def cache_heads(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], sites: Sequence[str]
 ) -> ActivationCache:
@@ -61,14 +74,14 @@ def cache_heads(
         return model.run_with_cache(tokens, names_filter=names)[1]
 
 
-def previous_token_score(
-    pattern: Float[Tensor, "*rest dest src"],
-) -> Float[Tensor, "*rest"]:
+@checked
+def previous_token_score(pattern: Float[Tensor, "*rest dest src"]) -> Float[Tensor, "*rest"]:
     """Mean attention to the token just before, over every position but the first."""
     _check_pattern(pattern)
     return pattern.diagonal(-1, dim1=-2, dim2=-1).mean(-1)
 
 
+@checked
 def duplicate_token_score(
     pattern: Float[Tensor, "*rest dest src"], seq_len: int
 ) -> Float[Tensor, "*rest"]:
@@ -76,6 +89,7 @@ def duplicate_token_score(
     return _stripe(pattern, seq_len, seq_len)
 
 
+@checked
 def induction_score(
     pattern: Float[Tensor, "*rest dest src"], seq_len: int
 ) -> Float[Tensor, "*rest"]:
@@ -86,28 +100,23 @@ def induction_score(
     return _stripe(pattern, seq_len, seq_len - 1)
 
 
+@checked
 def prefix_matching_score(
-    pattern: Float[Tensor, "prompt *rest dest src"], tokens: Int[Tensor, "prompt pos"]
+    pattern: Float[Tensor, "prompt *rest pos pos"], tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt *rest"]:
     """Attention to the tokens that follow earlier copies of the present token.
 
     Summed over all earlier copies and averaged over the positions that have one (Olsson et al.
     2022, appendix: 25 random tokens, repeated 4 times, start token in front). Raises ValueError
-    when a prompt repeats no token or the shapes do not match.
+    when a prompt repeats no token.
     """
-    _check_pattern(pattern)
-    if tokens.shape != (pattern.shape[0], pattern.shape[-1]):
-        raise ValueError(
-            f"tokens must have shape {(pattern.shape[0], pattern.shape[-1])}, "
-            f"got {tuple(tokens.shape)}"
-        )
     after_copy = _after_earlier_copy(tokens.to(pattern.device))
-    n_dest = after_copy.any(-1).sum(-1)
+    n_dest = after_copy.any(-1).sum(-1)  # [prompt]
     if (n_dest == 0).any():
         raise ValueError("tokens: a prompt has no repeated token, so nothing to match")
-    shape = [len(tokens)] + [1] * (pattern.ndim - 3)
-    mask = after_copy.reshape(*shape, *after_copy.shape[1:])
-    return (pattern * mask).sum((-2, -1)) / n_dest.reshape(shape)
+    ones = [1] * (pattern.ndim - 3)  # the axes between prompt and dest
+    mask = after_copy.reshape(len(tokens), *ones, *after_copy.shape[1:])
+    return (pattern * mask).sum((-2, -1)) / n_dest.reshape(-1, *ones)
 
 
 @torch.no_grad()
@@ -118,10 +127,11 @@ def attention_patterns(
     return score_heads(model, tokens, lambda pattern: pattern)
 
 
+@checked
 @torch.no_grad()
 def score_heads(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], score: Callable, **kwargs
-) -> Float[Tensor, "prompt layer head"]:
+) -> Float[Tensor, "prompt layer head *rest"]:
     """Score every head on its own attention patterns, per prompt, in batches that fit in memory.
 
     `score(pattern, **kwargs)` is one of the functions above, or like them; one that takes `tokens`
@@ -137,12 +147,11 @@ def score_heads(
     return torch.cat(scores)
 
 
+@checked
 def top_heads(
     scores: Float[Tensor, "layer head"], k: int | None = None, threshold: float | None = None
 ) -> list[Head]:
     """Heads by falling score: the best `k`, those at or above `threshold`, or both."""
-    if scores.ndim != 2:
-        raise ValueError(f"scores must have shape [layer head], got {tuple(scores.shape)}")
     if k is None and threshold is None:
         raise ValueError("give k, threshold or both")
     if k is not None and not 1 <= k <= scores.numel():
@@ -154,7 +163,7 @@ def top_heads(
 
 
 def _check_pattern(pattern: Tensor) -> None:
-    if pattern.ndim < 2 or pattern.shape[-1] != pattern.shape[-2] or pattern.shape[-1] < 2:
+    if pattern.shape[-1] != pattern.shape[-2] or pattern.shape[-1] < 2:
         raise ValueError(f"pattern must have shape [... dest src], got {tuple(pattern.shape)}")
 
 

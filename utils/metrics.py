@@ -1,7 +1,6 @@
 """Metrics: losses, in-context-learning score, answers' logits and ranks, means with errors."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
 
+from utils.engine.readout import Hooks, LogitDiff, TokenLoss, read_hook
 from utils.prompts import check_tokens
+from utils.typed import checked
 
-Hooks = Sequence[tuple[str, Callable]]
+__all__ = ["LogitDiff", "TokenLoss"]  # defined where the engine can use them
 MAX_LOGITS = 2**26  # logits held at once: 256 MB in float32, and as much again for log-probs
 
 
@@ -38,10 +39,11 @@ class HalfLosses(NamedTuple):
     second: Float[Tensor, "prompt"]
 
 
+@checked
 def estimate(values: Float[Tensor, "n"]) -> Estimate:
     """Mean and standard error (sample standard deviation / sqrt(n)); nan error for one value."""
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must be a non-empty vector, got shape {tuple(values.shape)}")
+    if len(values) == 0:
+        raise ValueError("values is empty, want at least one")
     n = len(values)
     stderr = values.float().std().item() / math.sqrt(n) if n > 1 else math.nan
     return Estimate(values.float().mean().item(), stderr, n)
@@ -55,38 +57,35 @@ def token_batches(
     return tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab)))
 
 
-def last_position_hooks() -> list[tuple[str, Callable]]:
+def last_position_hooks() -> Hooks:
     """Unembed the last position alone: logits become [prompt 1 vocab] and cost a fifth less."""
-    return [("unembed.hook_in", lambda resid, hook: resid[:, -1:])]
+    return [read_hook([-1])]
 
 
+@checked
 @torch.no_grad()
 def per_token_loss(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "prompt pos"],
-    hooks: Hooks | Callable[[Tensor], Hooks] = (),
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], hooks: Hooks = ()
 ) -> Float[Tensor, "prompt pos-1"]:
     """Loss in nats of predicting each token but the first; column i is about token i + 1.
 
-    Runs in batches that fit in memory. Where hooks carry one entry per prompt (resampling, frozen
-    patterns) pass a function from a batch of tokens to its hooks. Raises as `check_tokens`.
+    Runs in batches that fit in memory, so the hooks must treat all prompts alike. Raises as
+    `check_tokens`.
     """
     losses = []
     for batch in token_batches(model, tokens):
-        batch_hooks = hooks(batch) if callable(hooks) else hooks
-        logits = model.run_with_hooks(batch, fwd_hooks=list(batch_hooks))
+        logits = model.run_with_hooks(batch, fwd_hooks=list(hooks))
         losses.append(lm_cross_entropy_loss(logits, batch.to(logits.device), per_token=True))
     return torch.cat(losses)
 
 
-def half_losses(loss: Float[Tensor, "prompt pos-1"], seq_len: int) -> HalfLosses:
+@checked
+def half_losses(loss: Float[Tensor, "prompt column"], seq_len: int) -> HalfLosses:
     """Mean loss on the first and the second copy of `repeated_tokens`, per prompt, in nats.
 
     The second copy is taken without its first token: nothing says yet that a repeat begins, so it
     cannot be predicted. Raises ValueError unless the loss covers two copies of at least 2 tokens.
     """
-    if loss.ndim != 2:
-        raise ValueError(f"loss must have shape [prompt pos-1], got {tuple(loss.shape)}")
     if seq_len < 2 or loss.shape[1] < 2 * seq_len:
         raise ValueError(
             f"seq_len={seq_len} needs 2 or more tokens and a loss of at least {2 * seq_len} "
@@ -95,8 +94,9 @@ def half_losses(loss: Float[Tensor, "prompt pos-1"], seq_len: int) -> HalfLosses
     return HalfLosses(loss[:, :seq_len].mean(1), loss[:, seq_len + 1 : 2 * seq_len].mean(1))
 
 
+@checked
 def icl_score(
-    loss: Float[Tensor, "prompt pos-1"], early: int = 50, late: int = 500, window: int = 10
+    loss: Float[Tensor, "prompt column"], early: int = 50, late: int = 500, window: int = 10
 ) -> Float[Tensor, "prompt"]:
     """In-context-learning score: loss at token `late` minus loss at token `early`, in nats.
 
@@ -105,8 +105,6 @@ def icl_score(
     2 * window + 1 positions around each cuts the noise. Raises ValueError when a window leaves
     the text or the two are not in order.
     """
-    if loss.ndim != 2:
-        raise ValueError(f"loss must have shape [prompt pos-1], got {tuple(loss.shape)}")
     if window < 0 or early - window < 1 or late + window > loss.shape[1] or early >= late:
         raise ValueError(
             f"positions {early} and {late} with window {window} must be in order and within "
@@ -120,15 +118,16 @@ def icl_score(
     return at(late) - at(early)
 
 
+@checked
 def logit_diff(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Logit of the right minus logit of the wrong answer at the last position, per prompt."""
-    _check_answers(logits, answers)
     right, wrong = logits[:, -1].gather(1, answers.to(logits.device)).unbind(1)
     return right - wrong
 
 
+@checked
 def normalised_effect(
     patched: Float[Tensor, "prompt *rest"],
     clean: Float[Tensor, "prompt"],
@@ -138,13 +137,8 @@ def normalised_effect(
 
     Each prompt's change is divided by the mean gap between clean and corrupted, not by its own,
     which can be near zero: the mean over prompts is then the ratio of the means. Raises ValueError
-    when the shapes do not match or the mean gap is zero.
+    when the mean gap is zero.
     """
-    if clean.shape != corrupted.shape or clean.ndim != 1 or len(patched) != len(clean):
-        raise ValueError(
-            f"patched, clean, corrupted must agree on the prompts, got shapes "
-            f"{tuple(patched.shape)}, {tuple(clean.shape)}, {tuple(corrupted.shape)}"
-        )
     gap = (clean - corrupted).mean()
     if gap.abs() < 1e-6:
         raise ValueError("clean and corrupted have the same mean: there is no effect to restore")
@@ -159,38 +153,28 @@ def accuracy(
     return (logit_diff(logits, answers) > 0).float()
 
 
+@checked
 def answer_probability(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Probability of the right answer, among all tokens, at the last position."""
-    _check_answers(logits, answers)
     right = answers[:, :1].to(logits.device)
     return logits[:, -1].softmax(-1).gather(1, right)[:, 0]
 
 
+@checked
 def answer_rank(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Int[Tensor, "prompt"]:
     """Rank of the right answer at the last position: 1 when no token has a higher logit."""
-    _check_answers(logits, answers)
     last = logits[:, -1]
     return 1 + (last > last.gather(1, answers[:, :1].to(logits.device))).sum(1)
 
 
+@checked
 def correlation(x: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> float:
-    """Pearson correlation; ValueError unless both are vectors of one length that vary."""
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(
-            f"x and y must be vectors of one length, got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    """Pearson correlation; ValueError unless both vary."""
     for name, values in (("x", x), ("y", y)):
         if len(values) < 2 or (values == values[0]).all():
             raise ValueError(f"{name} must vary, got {len(values)} values all the same")
     return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
-
-
-def _check_answers(logits: Tensor, answers: Tensor) -> None:
-    if logits.ndim != 3:
-        raise ValueError(f"logits must have shape [prompt pos vocab], got {tuple(logits.shape)}")
-    if answers.shape != (len(logits), 2):
-        raise ValueError(f"answers must have shape [{len(logits)} 2], got {list(answers.shape)}")

@@ -1,59 +1,183 @@
-"""Many interventions in one batch: how many fit, and what to do when memory runs out."""
+"""Many interventions in one batch: who runs together, how many fit, and what if memory runs out."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import cache, partial
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-Hooks = Sequence[tuple[str, Callable]]
-Item = TypeVar("Item")
+from utils.engine.readout import Hooks, Metric, read_hook, read_out, values_of
+from utils.engine.replay import Replay, can_replay, is_out_of_memory, layer_of
 
-# Once a block of this size was freed, glibc keeps freed memory for the next one (32 MB is the
-# most); before, it may clear fresh pages for every activation: a quarter of a sweep's time.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+Item = TypeVar("Item")
+Values = Float[Tensor, "item prompt *read"]
+
+
+class Edit(Protocol):
+    """What the engine needs to know of a `utils.edits.Edit`."""
+
+    name: str
+    where: Bool[Tensor, "*axes"]
+    source: Any
+    position_axis: int
+
+    def __call__(self, x: Tensor, rows: slice = ..., start: int = ...) -> Tensor: ...
+
+
+def sweep_in_packs(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    metric: Metric,
+    interventions: Sequence[Sequence[Edit]],
+    base: Sequence[Edit],
+    read: Sequence[int] | None,
+    desc: str,
+) -> Values:
+    """`utils.edits.sweep`, in packs of interventions that begin at the same position.
+
+    In a pack those of lower blocks come first. Prompts run in parts where a copy of all of them
+    does not fit. Raises ValueError for an edit that does not fit the prompts.
+    """
+    for edit in {id(edit): edit for edits in (base, *interventions) for edit in edits}.values():
+        edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
+    n_prompts, n_positions = tokens.shape
+    last_alone, read = read is None, list(read or [n_positions - 1])
+    n_part = min(n_prompts, rows_that_fit(model, n_positions))
+    parts = [slice(i, min(i + n_part, n_prompts)) for i in range(0, n_prompts, n_part)]
+
+    def plain(pack: list[int]) -> Values:
+        hooks = [read_hook(read), *copy_hooks(base, [interventions[pack[0]]], slice(0, n_prompts))]
+        return values_of(metric, model.run_with_hooks(tokens, fwd_hooks=hooks), last_alone)[None]
+
+    def replayed(start: int, pack: list[int]) -> Values:
+        layers, edits = [begins[i][1] for i in pack], [interventions[i] for i in pack]
+        at = [position - start for position in read]
+        resid = [
+            run.run(layers, copy_hooks(base, edits, rows, start), start, at)
+            for run, rows in zip(recorded, parts, strict=True)
+        ]  # each [copy prompt read d_model]
+        return read_out(model, metric, torch.cat(resid, dim=1), last_alone)
+
+    with tqdm(total=len(interventions), desc=desc, leave=False) as progress:
+        if not can_replay(model, tokens):
+            return in_packs(range(len(interventions)), 1, plain, progress)
+        recorded = [Replay(model, tokens[rows], copy_hooks(base, [], rows)) for rows in parts]
+        begins = [first_change(model, tokens, edits, base) for edits in interventions]
+        first = min(read) if recorded[0].shares_prefix else 0
+        begins = [(min(start, first), layer) for start, layer in begins]
+        order = sorted(range(len(interventions)), key=begins.__getitem__)
+        found: dict[int, Tensor] = {}
+        for start, group in groupby(order, key=lambda i: begins[i][0]):
+            together = list(group)
+            size = max(1, rows_that_fit(model, n_positions, start) // n_part)
+            values = in_packs(together, size, partial(replayed, start), progress)
+            found |= zip(together, values, strict=True)
+    return torch.stack([found[i] for i in range(len(interventions))])
+
+
+def activation_shape(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], name: str
+) -> tuple[int, ...]:
+    """The shape of the activation at a hook point of a block, in a run on these prompts."""
+    cfg, (n_prompts, n_positions) = model.cfg, tokens.shape
+    site = name.rpartition("hook_")[2]
+    if site == "pattern":
+        return n_prompts, cfg.n_heads, n_positions, n_positions
+    if site in ("z", "q", "k", "v"):
+        grouped = getattr(cfg, "n_key_value_heads", None) if site in "kv" else None
+        return n_prompts, n_positions, grouped or cfg.n_heads, cfg.d_head
+    return n_prompts, n_positions, cfg.d_model
+
+
+def first_change(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    edits: Sequence[Edit],
+    base: Sequence[Edit],
+) -> tuple[int, int]:
+    """The first position and the lowest block that the edits change, on top of `base`."""
+    found = [(tokens.shape[1] - 1, model.cfg.n_layers - 1)]  # if they change nothing
+    for edit in edits:
+        where = edit.where.movedim(edit.position_axis, 0).flatten(1).any(1)  # [pos], or [1]
+        changed = where.expand(tokens.shape[1])
+        source_tokens = getattr(edit.source, "tokens", None)
+        if source_tokens is not None and source_tokens.shape == tokens.shape:
+            if list(map(id, edit.source.edits)) == list(map(id, base)):
+                # left of the first token that differs, the two runs are the same
+                changed = changed & (source_tokens != tokens).any(0).cumsum(0).bool().cpu()
+        if changed.any():
+            found.append((int(changed.int().argmax()), layer_of(edit.name)))
+    starts, layers = zip(*found, strict=True)
+    return min(starts), min(layers)
+
+
+def copy_hooks(
+    base: Sequence[Edit], copies: Sequence[Sequence[Edit]], rows: slice, start: int = 0
+) -> Hooks:
+    """Hooks on copies of some prompts: `base` on each of them, `copies[i]` on copy i alone."""
+    by_name: dict[str, list[tuple[int | slice, Edit]]] = defaultdict(list)
+    for edit in base:
+        by_name[edit.name].append((slice(None), edit))
+    for copy, edits in enumerate(copies):
+        for edit in edits:
+            by_name[edit.name].append((copy, edit))
+
+    def hook_for(name: str) -> Callable:
+        def hook_fn(x: Tensor, hook) -> Tensor:
+            n_prompts = rows.stop - rows.start
+            x = rearrange(x, "(copy prompt) ... -> copy prompt ...", prompt=n_prompts).clone()
+            for copy, edit in by_name[name]:
+                x[copy] = edit(x[copy], rows, start)
+            return x.flatten(0, 1)
+
+        return hook_fn
+
+    return [(name, hook_for(name)) for name in by_name]
 
 
 def in_packs(
     items: Sequence[Item],
     size: int,
     run: Callable[[list[Item]], Float[Tensor, "item *rest"]],
-    desc: str | None = None,
+    progress: tqdm,
 ) -> Float[Tensor, "item *rest"]:
-    """``run`` on packs of so many items, joined; a pack that is out of memory is halved."""
+    """`run` on packs of so many items, joined; a pack that is out of memory is halved."""
+    keep_freed_memory()
     done, results = 0, []
-    with tqdm(total=len(items), desc=desc, leave=False, disable=desc is None) as progress:
-        while done < len(items):
-            pack = list(items[done : done + size])
-            try:
-                results.append(run(pack))
-            except (MemoryError, RuntimeError) as error:
-                if len(pack) == 1 or not _out_of_memory(error):
-                    raise
-                size = len(pack) // 2
-            else:
-                done += len(pack)
-                progress.update(len(pack))
-                continue
-            # here the failed pack's activations are no longer held by the error
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    while done < len(items):
+        pack = list(items[done : done + size])
+        try:
+            results.append(run(pack))
+        except (MemoryError, RuntimeError) as error:
+            if len(pack) == 1 or not is_out_of_memory(error):
+                raise
+            size = len(pack) // 2
+        else:
+            done += len(pack)
+            progress.update(len(pack))
+            continue
+        # here the failed pack's activations are no longer held by the error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return torch.cat(results)
 
 
-def pack_size(model: TransformerBridge, n_prompts: int, n_positions: int, start: int = 0) -> int:
-    """How many copies of the prompts, from position `start` on, to run at once.
+def rows_that_fit(model: TransformerBridge, n_positions: int, start: int = 0) -> int:
+    """How many prompts, every copy counted, to run at once from position `start` on.
 
     On a GPU they may take half of the free memory, else a quarter of what the model takes.
     """
     cfg, weight = model.cfg, next(model.parameters())
     # numbers held at once: those of a position in one block, and the keys and values it reads
     width = 4 * (cfg.d_mlp or 0) + 12 * cfg.d_model + 3 * cfg.n_heads * n_positions
-    numbers = n_prompts * ((n_positions - start) * width + 4 * n_positions * cfg.d_model)
+    numbers = (n_positions - start) * width + 4 * n_positions * cfg.d_model
     if weight.device.type == "cuda":
         memory = torch.cuda.mem_get_info(weight.device)[0] // 2
     else:
@@ -61,28 +185,12 @@ def pack_size(model: TransformerBridge, n_prompts: int, n_positions: int, start:
     return max(1, memory // (numbers * weight.element_size()))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # on a CPU torch raises a plain RuntimeError
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error)
+@cache
+def keep_freed_memory() -> None:
+    """Free one block of 31 MB, once a process, so that the C library keeps what is freed later.
 
-
-def by_copy(interventions: Sequence[Hooks], n_prompts: int) -> Hooks:
-    """Hooks on a batch of copies of the prompts that give copy i the hooks `interventions[i]`."""
-    edits = defaultdict(list)
-    for index, hooks in enumerate(interventions):
-        for name, hook_fn in hooks:
-            edits[name].append((slice(index * n_prompts, (index + 1) * n_prompts), hook_fn))
-
-    def hook_for(name: str) -> Callable:
-        def edit(activation: Tensor, hook) -> Tensor:
-            activation = activation.clone()
-            for rows, hook_fn in edits[name]:
-                edited = hook_fn(activation[rows], hook)
-                if edited is not None:
-                    activation[rows] = edited
-            return activation
-
-        return edit
-
-    return [(name, hook_for(name)) for name in edits]
+    glibc raises its threshold for giving memory back to the size of the largest block freed so far
+    (32 MB at most). Below it, every activation may get fresh pages that have to be cleared first: a
+    quarter of a sweep's time.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -1,0 +1,214 @@
+"""The one primitive of every intervention: where in a run an activation is replaced, and by what.
+
+Zero ablation, mean ablation, activation patching, path patching and running a circuit alone differ
+only in *where* the new value goes and *which run* it comes from:
+
+    heads_from(model, heads, 0.0)                            # zero ablation
+    heads_from(model, heads, mean_run(model, tokens))        # mean ablation
+    heads_from(model, heads, record(model, clean, ["z"]))    # activation patching
+
+Each gives a list of `Edit`s. `hooks(edits)` makes ordinary TransformerLens hooks of them, for
+`model.run_with_hooks`; `sweep` measures many such lists, each alone, in a fraction of the time.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from utils.engine.packs import sweep_in_packs
+from utils.engine.readout import read_hook
+from utils.heads import HEAD_SITES, check_heads, n_site_heads
+from utils.prompts import check_tokens
+from utils.typed import checked
+
+STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+class Run(NamedTuple):
+    """Activations by hook name: of one run (with its tokens and the edits it ran under), or means.
+
+    An axis of length one, as in a mean over prompts or positions, stands for all of them.
+    """
+
+    activations: Mapping[str, Tensor]
+    tokens: Int[Tensor, "prompt pos"] | None = None
+    edits: Sequence["Edit"] = ()
+
+
+class Edit(NamedTuple):
+    """At hook point `name`, wherever `where` is True, the activation becomes the source's.
+
+    `where` has the axes of the activation: [prompt pos head 1], for a pattern [prompt head dest 1],
+    for the residual stream [prompt pos 1]. Any of them may have length one, for all.
+    """
+
+    name: str
+    where: Bool[Tensor, "*axes"]
+    source: Run | float
+
+    def __call__(self, x: Tensor, rows: slice = slice(None), start: int = 0) -> Tensor:
+        """The activation after the edit; `x` holds these prompts, from position `start` on."""
+        new = self.source
+        if isinstance(new, Run):
+            new = self._part("source", new.activations[self.name], x, rows, start)
+        return torch.where(self._part("where", self.where, x, rows, start), new, x)
+
+    @property
+    def position_axis(self) -> int:
+        return 2 if self.name.endswith("pattern") else 1
+
+    def _part(self, what: str, values: Tensor, x: Tensor, rows: slice, start: int) -> Tensor:
+        """What belongs to these prompts and positions; ValueError if it does not fit `x`."""
+        values = values[rows] if len(values) > 1 else values
+        if values.shape[self.position_axis] > 1:
+            values = values.movedim(self.position_axis, 0)[start:].movedim(0, self.position_axis)
+        shape = x.shape[-values.ndim :]  # copies of the prompts may stand in front
+        if any(got not in (1, want) for got, want in zip(values.shape, shape, strict=True)):
+            got = f"{what} of the edit at {self.name} is for {list(values.shape)}"
+            raise ValueError(f"{got}, this run has {list(x.shape)}")
+        return values.to(x.device)
+
+
+def hooks(edits: Iterable[Edit]) -> list[tuple[str, Callable]]:
+    """The edits as TransformerLens hooks, for `model.run_with_hooks` or `model.hooks`."""
+    return [(edit.name, lambda x, hook, edit=edit: edit(x)) for edit in edits]
+
+
+@checked
+@torch.no_grad()
+def record(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    sites: Iterable[str],
+    edits: Sequence[Edit] = (),
+) -> Run:
+    """Run once, under `edits`, and keep these sites of every layer: "z", "q", "k", "v", "pattern",
+    "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
+
+    Raises ValueError for a site that the model lacks, and as `check_tokens`.
+    """
+    check_tokens(model, tokens)
+    names = [hook_name(layer, site) for site in sites for layer in range(model.cfg.n_layers)]
+    if lacking := [name for name in names if name not in model.hook_dict]:
+        raise ValueError(f"sites: this model has no {lacking[0]}")
+    with model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
+        cache = model.run_with_cache(tokens, names_filter=names)[1]
+    return Run({name: cache[name] for name in names}, tokens, edits)
+
+
+@checked
+def only_at(
+    tokens: Int[Tensor, "prompt pos"], position: Int[Tensor, "prompt"] | int
+) -> Bool[Tensor, "prompt pos"]:
+    """True at one position of each prompt (or the same of all); ValueError where there is none."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    found = columns == torch.as_tensor(position, device=tokens.device).reshape(-1, 1)
+    if not found.any(1).all():
+        raise ValueError(f"position must lie in 0..{tokens.shape[1] - 1}, got {position}")
+    return found.expand(len(tokens), -1)
+
+
+@checked
+def heads_from(
+    model: TransformerBridge,
+    heads: Iterable[tuple[int, int]],
+    source: Run | float,
+    site: str = "z",
+    at: Bool[Tensor, "prompt pos"] | None = None,
+) -> list[Edit]:
+    """Edits that take these heads' activations from `source`, all at once, one edit a layer.
+
+    `site`: the heads' output "z" (before W_O), "q", "k", "v", or the attention "pattern". For "k"
+    and "v" heads are key/value heads, which grouped query heads share (`heads.key_value_head`).
+    `at` (see `only_at`): which positions, of a pattern which destinations; all if None. Raises
+    ValueError for an unknown site or head, or a source that lacks the activation.
+    """
+    by_layer = defaultdict(list)
+    for layer, head in check_heads(model, heads, site):
+        by_layer[layer].append(head)
+    axes = "prompt head pos 1" if site == "pattern" else "prompt pos head 1"
+    edits = []
+    for layer, chosen in by_layer.items():
+        is_head = torch.zeros(n_site_heads(model, site), dtype=torch.bool)
+        is_head[chosen] = True
+        where = _places(at)[..., None] & is_head
+        edits.append(_edit(layer, site, rearrange(where, f"prompt pos head -> {axes}"), source))
+    return edits
+
+
+@checked
+def stream_from(
+    model: TransformerBridge,
+    layer: int,
+    source: Run | float,
+    site: str = "resid_pre",
+    at: Bool[Tensor, "prompt pos"] | None = None,
+) -> list[Edit]:
+    """The edit that takes a layer's residual stream, or what attention or MLP adds, from `source`.
+
+    `site`: "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out"; `at` as in
+    `heads_from`. Raises ValueError for a layer or site the model lacks, or a source without it.
+    """
+    if site not in STREAM_SITES or hook_name(0, site) not in model.hook_dict:
+        raise ValueError(f"site must be one of {STREAM_SITES} that the model has, got {site!r}")
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"layer must lie in 0..{model.cfg.n_layers - 1}, got {layer}")
+    return [_edit(layer, site, _places(at)[..., None], source)]
+
+
+@checked
+def nodes_from(mask: Bool[Tensor, "prompt layer pos head"], source: Run | float) -> list[Edit]:
+    """Edits that take z from `source` wherever the mask is True, one for each layer with any."""
+    layers = mask.any(0).any(-1).any(-1).nonzero()[:, 0].tolist()
+    return [_edit(layer, "z", mask[:, layer, :, :, None], source) for layer in layers]
+
+
+@checked
+@torch.no_grad()
+def sweep(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt pos"],
+    metric: Callable,
+    interventions: Sequence[Sequence[Edit]],
+    base: Sequence[Edit] = (),
+    read: Sequence[int] | None = None,
+    desc: str = "sweep",
+) -> Float[Tensor, "intervention prompt *read"]:
+    """The metric under each of the interventions alone, on top of the edits in `base`.
+
+    Row i is the metric under `hooks([*base, *interventions[i]])`. It gets the logits of the last
+    position, [prompt 1 vocab], or of the positions `read`. Only the blocks and positions that an
+    intervention can change are run again (`utils.engine`), many interventions in one batch; a
+    model whose blocks cannot be run on their own takes a whole run for each. Raises ValueError for
+    no interventions, edits that do not fit the prompts, positions out of range, and a metric that
+    does not give one value per prompt (or per prompt and position read).
+    """
+    check_tokens(model, tokens)
+    if not interventions:
+        raise ValueError("interventions is empty, give at least one")
+    last = tokens.shape[1] - 1
+    if read is not None and (not read or min(read) < 0 or max(read) > last):
+        raise ValueError(f"read must be one or more of 0..{last}, got {list(read)}")
+    return sweep_in_packs(model, tokens, metric, interventions, base, read, desc)
+
+
+def hook_name(layer: int, site: str) -> str:
+    """The name of a layer's hook point at a site, as in `model.hook_dict`."""
+    return f"blocks.{layer}.{'attn.' if site in (*HEAD_SITES, 'out') else ''}hook_{site}"
+
+
+def _places(at: Bool[Tensor, "prompt pos"] | None) -> Bool[Tensor, "prompt pos"]:
+    return torch.ones(1, 1, dtype=torch.bool) if at is None else at.cpu()
+
+
+def _edit(layer: int, site: str, where: Bool[Tensor, "*axes"], source: Run | float) -> Edit:
+    name = hook_name(layer, site)
+    if isinstance(source, Run) and name not in source.activations:
+        raise ValueError(f"source lacks {name}, it has {list(source.activations)[:3]} ...")
+    return Edit(name, where.cpu(), source)
