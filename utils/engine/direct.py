@@ -60,7 +60,7 @@ def along_direct_paths(
             attention[len(resid) - len(heads) :] += einsum(
                 (z_new - z)[:, :, heads], w_o, "prompt col s h, s h d -> s prompt col d"
             )
-            with given_attention(model, {layer: attention.flatten(0, 1)}):
+            with given_attention(model, layer, attention.flatten(0, 1)):
                 above = output_of(model.blocks[layer](resid.flatten(0, 1)))
             resid = above.unflatten(0, resid.shape[:2])
         return found | {top: resid}

@@ -3,10 +3,10 @@
 A sweep asks the same question hundreds of times: "what if this one activation were different?".
 Nearly all of each forward pass is the same every time:
 
-    layer 3   . . . a a #      # run again
-    layer 2   . . . # # #      a attention alone: the last MLP runs where the logits are read
-    layer 1   . . . . . .      . taken from the recorded run (below the patched layer: its input;
-    layer 0   . . . . . .        left of the first changed position: its keys and values)
+    layer 3   . . . # # #      # run again
+    layer 2   . . . # # #      . taken from the recorded run (below the patched layer: its input;
+    layer 1   . . . . . .        left of the first changed position: its keys and values)
+    layer 0   . . . . . .
               0 1 2 3 4 5      an intervention at layer 2 that changes positions 3 and later
 
 `Replay` records one pass and then runs that part alone again. The numbers are those of
@@ -18,7 +18,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.readout import Hooks, read_hook
-from utils.engine.shortcuts import given_attention, mlp_only_at
+from utils.engine.shortcuts import given_attention
 
 # Along which dimension each argument of a block counts the positions it computes.
 POSITION_DIM = {
@@ -112,11 +111,11 @@ class Replay:
         see what is run again: the copies that have joined so far, one after the other along the
         first axis, from `start` on. `read`: positions to return, counted from `start`.
         """
-        n_prompts, top = len(self.tokens), self.model.cfg.n_layers - 1
+        n_prompts = len(self.tokens)
         self._tape.start = start
         hidden = self.hidden[0][:0, start:]  # [copies*prompt pos d_model], no copy yet
-        with self.model.hooks(fwd_hooks=list(hooks)), ExitStack() as stack:
-            for layer in range(layers[0], top + 1):
+        with self.model.hooks(fwd_hooks=list(hooks)):
+            for layer in range(layers[0], self.model.cfg.n_layers):
                 joining = self.hidden[layer][:, start:].repeat(layers.count(layer), 1, 1)
                 hidden = torch.cat([hidden, joining]) if len(joining) else hidden
                 self._tape.copies = copies = len(hidden) // n_prompts
@@ -124,8 +123,6 @@ class Replay:
                     name: _fitted(name, value, start, copies)
                     for name, value in self._arguments[layer].items()
                 }
-                if layer == top and _only_on_attention(hooks, top):
-                    stack.enter_context(mlp_only_at(self.model.blocks[top], read))
                 hidden = output_of(self.model.blocks[layer](hidden, **arguments))
         return rearrange(hidden[:, read], "(copy prompt) r d -> copy prompt r d", prompt=n_prompts)
 
@@ -173,7 +170,7 @@ def _is_exact(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> bo
     with model.hooks(fwd_hooks=[read_hook([-1])]):
         unpatched, cache = model.run_with_cache(tokens, names_filter=names)
     again = recorded.run([layer] * 2, [(at, lambda r, hook: clear(r, hook, start))], start, [-1])
-    with given_attention(model, {layer: cache[names[0]]}):
+    with given_attention(model, layer, cache[names[0]]):
         above = output_of(model.blocks[layer](recorded.hidden[layer]))
     pairs = [
         (model.unembed(model.ln_final(again.flatten(0, 1))), torch.cat([whole, unpatched])),
@@ -199,10 +196,6 @@ def layer_of(hook_name: str) -> int:
 def output_of(result: Tensor | tuple) -> Tensor:
     """The residual stream that a block gives, with or without the rest of what it returns."""
     return result[0] if isinstance(result, tuple) else result
-
-
-def _only_on_attention(hooks: Hooks, layer: int) -> bool:
-    return all(".attn." in name for name, _ in hooks if layer_of(name) == layer)
 
 
 def _fitted(name: str, value: Any, start: int, copies: int) -> Any:
