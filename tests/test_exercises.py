@@ -9,8 +9,7 @@ import torch
 from utils.exercises import Exercises
 
 NAMES = sorted(p.stem for p in Path(__file__).parent.parent.glob("project-*/*_exercises.py"))
-# a notebook's exercises may be spread over two modules with one registry
-REGISTRIES = list({importlib.import_module(name).EXERCISES: None for name in NAMES})
+REGISTRIES = [importlib.import_module(name).EXERCISES for name in NAMES]
 ALL = [exercise for registry in REGISTRIES for exercise in registry.all.values()]
 
 
@@ -25,7 +24,7 @@ def make(**changes):
         title="row means",
         reference=row_means,
         cases=lambda: {"a 2 x 3 matrix": (torch.arange(6.0).reshape(2, 3),)},
-        mistakes={"axis": (lambda x: x.mean(dim=0), "You averaged over rows, not columns.")},
+        mistakes={"You averaged over rows, not columns.": lambda x: x.mean(dim=0)},
     )
     return registry, registry.add(**(fields | changes))
 
@@ -140,7 +139,7 @@ def test_run_turns_a_hook_into_a_tensor(capsys):
     def run(answer, x):
         return answer(x.clone(), hook=None)
 
-    mistakes = {"all": (lambda z, hook: z * 0, "You zeroed every head, not one.")}
+    mistakes = {"You zeroed every head, not one.": lambda z, hook: z * 0}
     _, exercise = make(reference=zero_first, run=run, mistakes=mistakes)
     exercise(zero_first)
     exercise(lambda z, hook: torch.zeros_like(z))
@@ -149,42 +148,27 @@ def test_run_turns_a_hook_into_a_tensor(capsys):
     assert out[1].endswith("You zeroed every head, not one.")
 
 
-@pytest.mark.parametrize(
-    ("got", "text"),
-    [
-        ([1.0], "got 1 entries, want 2"),
-        (3.0, "got a float, want a tuple of 2"),
-        ((1.0, torch.zeros(3)), "entry 1: got shape [3], want [2]"),
-        (None, "None: did you forget `return`?"),
-    ],
-)
-def test_structured_answers(got, text, capsys):
-    def reference(x):
-        return (1.0, torch.zeros(2))
-
-    _, exercise = make(reference=reference)
-    exercise(lambda x: got)
-    assert text in capsys.readouterr().out
+def test_a_number_may_be_a_tensor_and_a_tensor_no_list(capsys):
+    _, exercise = make(reference=lambda x: 1.5)
+    exercise(lambda x: torch.tensor(1.5))
+    exercise(lambda x: [1.5])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith(": right.")
+    assert out[1].endswith("got a list, want a tensor of shape [].")
 
 
-@pytest.mark.parametrize(
-    ("got", "text"),
-    [
-        ({"a": 1.0}, "got ['a'], want a dict with the keys ['b']"),
-        ({"b": 2.0}, "entry 'b': off by up to 1; got 2, want 1"),
-        ([1], "got a list, want a dict with the keys ['b']"),
-    ],
-)
-def test_dict_answers(got, text, capsys):
-    _, exercise = make(reference=lambda x: {"b": 1.0})
-    exercise(lambda x: got)
-    assert text in capsys.readouterr().out
+def test_inputs_of_any_kind_must_stay_as_they_are(capsys):
+    def answer(x, at):
+        at["S2"] = [0, 1]
+        return x.mean()
 
-
-def test_other_answers_are_compared_as_they_are(capsys):
-    _, exercise = make(reference=lambda x: "L5H5")
-    exercise(lambda x: "L5H4")
-    assert "got 'L5H4', want 'L5H5'" in capsys.readouterr().out
+    case = (torch.ones(2), {"S2": torch.tensor([1, 0])})
+    mistakes = {"You forgot the mean.": lambda x, at: x}
+    _, exercise = make(
+        reference=lambda x, at: x.mean(), cases=lambda: {"a": case}, mistakes=mistakes
+    )
+    exercise(answer)
+    assert "changes its input in place" in capsys.readouterr().out
 
 
 def test_progress(capsys):
@@ -205,9 +189,9 @@ def test_progress(capsys):
 
 
 def test_problems_names_a_mistake_that_equals_the_reference():
-    mistakes = {"none at all": (lambda x: x.sum(1) / 3, "You did wrong.")}
+    mistakes = {"You did wrong.": lambda x: x.sum(1) / 3}
     _, exercise = make(mistakes=mistakes)
-    assert "'none at all'" in exercise.problems()[0]
+    assert "'You did wrong.'" in exercise.problems()[0]
 
 
 def test_problems_names_a_reference_that_changes_its_input():
@@ -232,8 +216,6 @@ def test_bad_registrations():
 def test_every_mistake_is_told_by_its_own_message(exercise):
     assert exercise.problems() == []
     assert len(exercise.mistakes) >= 3
-    messages = [message for _, message in exercise.mistakes.values()]
-    assert len(set(messages)) == len(messages)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES)
