@@ -108,6 +108,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     ("refused", "message"),
     [
         (lambda ledger: ledger.record("lm.no", 1.0), "claim_id: got 'lm.no', want one of toy"),
+        (lambda ledger: ledger.record("lm.loss", 1.0), "lm.loss: its rule cannot use these"),
+        (lambda ledger: ledger.record("toy.copying", 1.0, 2), "toy.copying: its rule cannot use"),
         (lambda ledger: ledger.record_heads("My heads", []), "role: got 'My heads'"),
         (lambda ledger: ledger.record_heads("induction", ["5.5"]), "heads: got ['5.5']"),
         (lambda ledger: Ledger("project", CLAIMS, "../x", "w"), "model_label: got '../x'"),
@@ -115,7 +117,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     ],
 )
 def test_refusals(ledger, refused, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         refused(ledger)
 
 

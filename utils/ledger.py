@@ -63,7 +63,8 @@ class Ledger:
 
         It does not hold when a claim that it needs does not, or a figure is None, NaN or (if it is
         reported) infinite. A second record of a claim replaces the first. Raises ValueError for an
-        unknown id, or when a claim that it needs was not recorded.
+        unknown id, or when a claim that it needs was not recorded, TypeError for figures that are
+        not those of the rule.
         """
         if claim_id not in self.claims:
             raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
@@ -77,8 +78,11 @@ class Ledger:
             plain(value) is not None
             and all(map(_known, (*others, *named.values())))
             and all(entries[needed]["verdict"] == HOLDS for needed in claim.needs)
-            and claim.holds(measured, *others, **named)
         )
+        try:
+            holds = holds and claim.holds(measured, *others, **named)
+        except (AttributeError, TypeError) as error:
+            raise TypeError(f"{claim_id}: its rule cannot use these figures: {error}") from error
         entries[claim_id] = {
             "id": claim_id,
             "statement": claim.statement,
