@@ -1,99 +1,97 @@
 """The ledger: its file, what it refuses, its tables, and what counts as a difference."""
 
-import copy
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
-import torch
 
+from tools.results import compare, markdown_table
 from utils import ledger as ledger_module
-from utils.claims import CLAIMS
-from utils.files import read_json, write_json
-from utils.ledger import Ledger, compare, markdown_table, merge_seeds
+from utils.heads import Head
+from utils.ledger import Claim, Ledger
+from utils.metrics import Estimate
+from utils.results import merge_seeds, read_json, write_json
 
-PROJECT = "project-1-induction-heads"
+CLAIMS = {
+    "toy.copying": Claim("It copies", "p", "r.", lambda mean: mean > 0.4),
+    "lm.loss": Claim("Loss", "s. 2", "r.", lambda x, heads=(): x.mean < 4, 0.18, "gpt2-small"),
+    "lm.needy": Claim("More", "p", "r.", lambda x: x > 0, needs=("lm.loss",)),
+}
 
 
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):
     monkeypatch.setenv("MECH_INTERP_RESULTS", str(tmp_path))
-    return Ledger(PROJECT, "smollm2-135m", "abc")
+    return Ledger("project", CLAIMS, "smollm2-135m", "abc")
+
+
+def verdicts(ledger):
+    return {claim["id"]: claim["verdict"] for claim in read_json(ledger.path)["claims"]}
 
 
 def entry(claim_id, measured, holds=True, stderr=None, n=None, **more):
-    return {
-        "id": claim_id,
-        "statement": "s",
-        "source": "p",
-        "published": None,
-        "published_model": None,
-        "measured": measured,
-        "stderr": stderr,
-        "n": n,
-        "holds": holds,
-    } | more
+    claim = {"id": claim_id, "statement": "s", "source": "p", "published": None}
+    figure = {"published_model": None, "measured": measured, "stderr": stderr, "n": n}
+    return claim | figure | {"verdict": "holds" if holds else "does not hold"} | more
 
 
 def run(*claims, heads=None, weights="abc"):
-    return {
-        "model": "smollm2-135m",
-        "weights": weights,
-        "versions": {"torch": "2"},
-        "claims": list(claims),
-        "heads": heads or {},
-    }
+    model = {"model": "smollm2-135m", "weights": weights, "versions": {"torch": "2"}}
+    return model | {"claims": list(claims), "heads": heads or {}}
 
 
 def test_the_file_follows_the_schema(ledger, tmp_path):
-    ledger.record("lm.repeat_loss", (3.14159265, 0.0123456, 64), holds=torch.tensor(True))
-    ledger.record("toy.copying", torch.tensor(0.5), holds=False)
-    ledger.record_heads("induction", ["L5H5", "L6H9"])
-    data = read_json(tmp_path / PROJECT / "smollm2-135m.json")
+    ledger.record("lm.loss", Estimate(3.14159265, 0.0123456, 64), heads=[Head(5, 5)])
+    ledger.record("toy.copying", 0.25)
+    ledger.record_heads("induction", [Head(5, 5), "L6H9"])
+    data = read_json(tmp_path / "project" / "smollm2-135m.json")
     assert list(data) == ["model", "weights", "versions", "claims", "heads"]
     assert (data["model"], data["weights"]) == ("smollm2-135m", "abc")
     assert set(data["versions"]) == {"torch", "transformer_lens"}
     assert data["heads"] == {"induction": ["L5H5", "L6H9"]}
-    toy, lm = data["claims"]  # in the order of claims.py, not of recording
-    assert toy["id"] == "toy.copying"
-    assert (toy["measured"], toy["stderr"], toy["n"], toy["holds"]) == (0.5, None, None, False)
-    assert lm == {
-        "id": "lm.repeat_loss",
-        "statement": CLAIMS["lm.repeat_loss"].statement,
-        "source": CLAIMS["lm.repeat_loss"].source,
-        "published": CLAIMS["lm.repeat_loss"].published,
-        "published_model": "gpt2-small",
-        "measured": 3.142,
-        "stderr": 0.01235,
-        "n": 64,
-        "holds": True,
-    }
+    toy, lm = data["claims"]  # in the order of the claims file, not of recording
+    assert [toy[key] for key in ("measured", "stderr", "n")] == [0.25, None, None]
+    assert toy["verdict"] == "does not hold"
+    text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
+    figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
+    assert list(lm.items()) == list((text | figure | {"verdict": "holds"}).items())
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):
-    ledger.record("lm.ablation", 0.5, holds=True)
-    ledger.record("lm.ablation", 0.25, holds=False)
+    ledger.record("toy.copying", 0.5)
+    ledger.record("toy.copying", 0.25)
     claims = read_json(ledger.path)["claims"]
-    assert [(c["measured"], c["holds"]) for c in claims] == [(0.25, False)]
-    again = Ledger(PROJECT, "smollm2-135m", "abc")
+    assert [(c["measured"], c["verdict"]) for c in claims] == [(0.25, "does not hold")]
+    again = Ledger("project", CLAIMS, "smollm2-135m", "abc")
     assert read_json(again.path)["claims"] == []
 
 
 def test_default_folder_is_build_results(monkeypatch, tmp_path):
     monkeypatch.delenv("MECH_INTERP_RESULTS", raising=False)
     monkeypatch.setattr(ledger_module, "ROOT", tmp_path)
-    assert Ledger(PROJECT, "m", "w").path == tmp_path / "build" / "results" / PROJECT / "m.json"
+    path = Ledger("project", CLAIMS, "m", "w").path
+    assert path == tmp_path / "build" / "results" / "project" / "m.json"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(float("nan"))])
-def test_nan_is_null_and_cannot_hold(ledger, value):
-    ledger.record("lm.ablation", value, holds=False, stderr=math.nan, n=1)
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, Estimate(math.nan, math.nan, 1)])
+def test_without_a_finite_figure_nothing_holds(ledger, value):
+    ledger.record("toy.copying", value)
     claim = json.loads(ledger.path.read_text(), parse_constant=pytest.fail)["claims"][0]
-    assert claim["measured"] is claim["stderr"] is None
-    with pytest.raises(ValueError, match="measured: lm"):
-        ledger.record("lm.ablation", value, holds=True)
+    assert (claim["measured"], claim["stderr"], claim["verdict"]) == (None, None, "does not hold")
+
+
+def test_a_claim_holds_only_with_those_it_needs(ledger):
+    with pytest.raises(ValueError, match=r"lm\.needy needs lm\.loss, which was not recorded"):
+        ledger.record("lm.needy", 1.0)
+    ledger.record("lm.loss", Estimate(5.0, 0.1, 8))
+    ledger.record("lm.needy", 1.0)
+    assert verdicts(ledger) == {"lm.loss": "does not hold", "lm.needy": "does not hold"}
+    ledger.record("lm.loss", Estimate(3.0, 0.1, 8))
+    ledger.record("lm.needy", 1.0)
+    assert verdicts(ledger) == {"lm.loss": "holds", "lm.needy": "holds"}
+    ledger.record("lm.needy", -1.0)
+    assert verdicts(ledger)["lm.needy"] == "does not hold"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -106,36 +104,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_refusals(ledger):
-    with pytest.raises(ValueError, match="claim_id: got 'lm"):
-        ledger.record("lm.nonsense", 1.0, holds=True)
-    with pytest.raises(ValueError, match="role: got 'Induction heads'"):
-        ledger.record_heads("Induction heads", [])
-    with pytest.raises(ValueError, match=r"heads: got \['5.5'\]"):
-        ledger.record_heads("induction", ["5.5"])
-    with pytest.raises(ValueError, match="model_label: got"):
-        Ledger(PROJECT, "../x", "w")
-    with pytest.raises(ValueError, match="project: got ''"):
-        Ledger("", "m", "w")
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda ledger: ledger.record("lm.no", 1.0), "claim_id: got 'lm.no', want one of toy"),
+        (lambda ledger: ledger.record("lm.loss", 1.0), "lm.loss: its rule cannot use these"),
+        (lambda ledger: ledger.record("toy.copying", 1.0, 2), "toy.copying: its rule cannot use"),
+        (lambda ledger: ledger.record_heads("My heads", []), "role: got 'My heads'"),
+        (lambda ledger: ledger.record_heads("induction", ["5.5"]), "heads: got ['5.5']"),
+        (lambda ledger: Ledger("project", CLAIMS, "../x", "w"), "model_label: got '../x'"),
+        (lambda ledger: Ledger("", CLAIMS, "m", "w"), "project: got ''"),
+    ],
+)
+def test_refusals(ledger, refused, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        refused(ledger)
 
 
 def test_table_shows_figures_and_verdicts(ledger, tmp_path):
-    ledger.record("toy.copying", 0.5, holds=True)
-    ledger.record("lm.repeat_loss", (3.14159, 0.0123, 64), holds=True)
-    ledger.record("lm.previous_token_heads", 0.25, holds=False)
-    ledger.record("lm.ablation", math.nan, holds=False)
+    ledger.record("toy.copying", 0.5)
+    ledger.record("lm.loss", Estimate(3.14159, 0.0123, 64))
+    ledger.record("lm.needy", math.nan)
     table = ledger.table()
-    assert list(table.index) == [
-        "toy.copying",
-        "lm.repeat_loss",
-        "lm.previous_token_heads",
-        "lm.ablation",
-    ]
-    assert list(table["ours"]) == ["0.5", "3.142 ± 0.012 (n = 64)", "0.25", "–"]
-    assert list(table["verdict"]) == ["holds", "holds", "does not hold", "does not hold"]
-    assert table.loc["lm.previous_token_heads", "published"] == "0.992 (gpt2-small)"
-    assert table.loc["lm.ablation", "published"] == "–"
-    assert CLAIMS["lm.repeat_loss"].statement in table.to_html()
+    assert list(table.index) == ["toy.copying", "lm.loss", "lm.needy"]
+    assert list(table.columns) == ["claim", "published", "ours", "verdict", "source", "rule"]
+    assert list(table["ours"]) == ["0.5", "3.142 ± 0.012 (n = 64)", "–"]
+    assert list(table["verdict"]) == ["holds", "holds", "does not hold"]
+    assert list(table["published"]) == ["–", "0.18 (gpt2-small)", "–"]
+    assert table.loc["lm.needy", "rule"] == "r. Needs: lm.loss."
+    assert "Loss" in table.to_html()
 
     seeds = tmp_path / "toy_seeds.json"
     assert ledger.table(seeds).equals(table)  # no such file yet
@@ -145,14 +142,10 @@ def test_table_shows_figures_and_verdicts(ledger, tmp_path):
     assert row["verdict"] == "does not hold (in 1 of 2 seeds)"
 
 
-def test_compare_equal_runs():
-    same = run(entry("lm.ablation", 0.5), heads={"induction": ["L5H5"]})
-    assert compare(same, copy.deepcopy(same)) == []
-
-
 @pytest.mark.parametrize(
     ("fresh", "committed", "differs"),
     [
+        (entry("lm.a", 0.5), entry("lm.a", 0.5), False),
         (entry("lm.a", 0.519), entry("lm.a", 0.5), False),  # within 0.02
         (entry("lm.a", 0.53), entry("lm.a", 0.5), True),
         (entry("lm.a", 10.4), entry("lm.a", 10.0), False),  # within 5 %
@@ -179,6 +172,7 @@ def test_compare_claims(fresh, committed, differs):
 @pytest.mark.parametrize(
     ("fresh", "committed", "differs"),
     [
+        (["L5H5"], ["L5H5"], False),
         (["L5H5"], ["L5H5", "L6H9"], False),  # one head may differ
         (["L5H5", "L7H1"], ["L5H5", "L6H9"], True),
         ([f"L0H{i}" for i in range(8)], [f"L0H{i}" for i in range(10)], False),  # a fifth
@@ -201,7 +195,7 @@ def test_merge_seeds_averages_toy_claims_only():
     toy, lm = merge_seeds(full, seeds)["claims"]
     assert toy["measured"] == pytest.approx(0.7)
     assert toy["stderr"] == pytest.approx(0.2 / math.sqrt(3), rel=1e-3)
-    assert (toy["n"], toy["holds"], toy["holds_in"]) == (3, False, "2/3")
+    assert (toy["n"], toy["verdict"], toy["holds_in"]) == (3, "does not hold", "2/3")
     assert lm == full["claims"][1]
     assert full["claims"][0]["measured"] == 0.5  # the input is as it was
 
@@ -218,16 +212,9 @@ def test_merge_seeds_with_missing_figures():
 
 
 def test_markdown(tmp_path):
+    published = {"statement": "a | b", "published": 3.56, "published_model": "gpt2-small"}
     data = run(
-        entry(
-            "lm.a",
-            0.5,
-            stderr=0.01,
-            n=8,
-            statement="a | b",
-            published=3.56,
-            published_model="gpt2-small",
-        ),
+        entry("lm.a", 0.5, stderr=0.01, n=8, **published),
         entry("toy.a", 0.25, holds=False, stderr=0.0, n=5, holds_in="0/5"),
         heads={"previous_token": ["L3H4"], "duplicate_token": []},
     )
@@ -243,18 +230,3 @@ def test_markdown(tmp_path):
         "| role | heads |\n| --- | --- |\n"
         "| previous token | L3H4 |\n| duplicate token | none |\n"
     )
-
-
-def test_claims_are_complete_sentences_with_a_source_and_a_rule():
-    for claim_id, claim in CLAIMS.items():
-        assert re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
-        assert claim.source
-        assert claim.rule.startswith("Measured: ")
-        assert "Holds when" in claim.rule
-        assert not re.search(r"\b(L\d+H\d+|\d{1,2}\.\d{1,2}\b(?= heads?))", claim.statement)
-
-
-def test_no_verdict_reads_the_published_figure():
-    source = Path(ledger_module.__file__).read_text()
-    assert "claim.published" in source
-    assert not re.search(r"published.*[<>]", source)

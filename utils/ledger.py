@@ -1,86 +1,100 @@
-"""The ledger: every claim a notebook tested, the published figure, ours, and whether it holds.
+"""The ledger: every claim a notebook tested, the published figure, ours, and the verdict.
 
-    ledger = Ledger("project-1-induction-heads", model_label(model), weights_digest(model))
-    ledger.record("lm.repeat_loss", second_copy, holds=second_copy.mean < first_copy.mean / 2)
-    ledger.record("toy.copying", 0.93, holds=True)
+    ledger = Ledger("project-1-induction-heads", CLAIMS, model_label(model), weights_digest(model))
+    ledger.record("lm.ablation", lost, control)
     ledger.record_heads("induction", induction_heads)
     ledger.table()
 
-`second_copy` is an `Estimate` (mean, stderr, n). Every call rewrites
+`CLAIMS` come from the project's claims file. Every call rewrites
 `build/results/<project>/<model label>.json`; MECH_INTERP_RESULTS names another folder.
 """
 
-from __future__ import annotations
-
-import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from typing import NamedTuple
 
 import pandas as pd
 
-from utils.claims import CLAIMS
-from utils.files import ROOT, read_json, write_json
+from utils.results import FAILS, HOLDS, ROOT, cells, merge_seeds, plain, read_json, write_json
 
-COLUMNS = ["claim", "published", "ours", "verdict", "source", "rule"]
+
+class Claim(NamedTuple):
+    """A published claim and our rule, in words and computed; the published figure decides nothing.
+
+    `holds` takes what the notebook records, the reported figure first.
+    """
+
+    statement: str
+    source: str
+    rule: str
+    holds: Callable[..., bool]
+    published: float | str | None = None
+    published_model: str | None = None
+    needs: tuple[str, ...] = ()  # claims without which this one does not hold
+    only_for: str | None = None  # the one model that the claim is about
+
+    def in_words(self) -> str:
+        """The rule, and which other claims have to hold."""
+        return self.rule + (f" Needs: {', '.join(self.needs)}." if self.needs else "")
 
 
 class Ledger:
     """Claims and heads of one run of one notebook on one model, kept in a JSON file."""
 
-    def __init__(self, project: str, model_label: str, weights: str):
+    def __init__(self, project: str, claims: Mapping[str, Claim], model_label: str, weights: str):
         for name, value in (("project", project), ("model_label", model_label)):
             if not re.fullmatch(r"[\w][\w.-]*", value):
                 raise ValueError(f"{name}: got {value!r}, want a plain file name")
         folder = Path(os.environ.get("MECH_INTERP_RESULTS") or ROOT / "build" / "results")
         self.path = folder / project / f"{model_label}.json"
-        self.data = {
-            "model": model_label,
-            "weights": weights,
-            "versions": {p: version(p) for p in ("torch", "transformer_lens")},
-            "claims": [],
-            "heads": {},
-        }
+        self.claims = claims
+        versions = {package: version(package) for package in ("torch", "transformer_lens")}
+        self.data = {"model": model_label, "weights": weights, "versions": versions}
+        self.data |= {"claims": [], "heads": {}}
         write_json(self.path, self.data)  # so that no older run's figures survive
 
     def record(
-        self,
-        claim_id: str,
-        measured: float | tuple[float, float, int],
-        holds: bool,
-        stderr: float | None = None,
-        n: int | None = None,
+        self, claim_id: str, measured: float | tuple, *others: object, **named: object
     ) -> None:
-        """Record one claim; `measured` is a number or an `Estimate` (mean, stderr, n).
+        """Report `measured`, a number or an `Estimate`; the claim's rule decides from everything.
 
-        A claim recorded twice keeps the later figures. Raises ValueError for an unknown id, or for
-        a claim that holds without a finite figure.
+        It does not hold when a claim that it needs does not, or a figure is None, NaN or (if it is
+        reported) infinite. A second record of a claim replaces the first. Raises ValueError for an
+        unknown id, or when a claim that it needs was not recorded, TypeError for figures that are
+        not those of the rule.
         """
-        if claim_id not in CLAIMS:
-            raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(CLAIMS)}")
-        if isinstance(measured, tuple):
-            measured, stderr, n = measured
-        measured, holds = _plain(measured), bool(holds)
-        if holds and measured is None:
-            raise ValueError(f"measured: {claim_id} holds, so it needs a finite figure")
-        claim = CLAIMS[claim_id]
-        entry = {
+        if claim_id not in self.claims:
+            raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
+        claim = self.claims[claim_id]
+        entries = {entry["id"]: entry for entry in self.data["claims"]}
+        for needed in claim.needs:
+            if needed not in entries:
+                raise ValueError(f"{claim_id} needs {needed}, which was not recorded before it")
+        value, stderr, n = measured if isinstance(measured, tuple) else (measured, None, None)
+        holds = (
+            plain(value) is not None
+            and all(map(_known, (*others, *named.values())))
+            and all(entries[needed]["verdict"] == HOLDS for needed in claim.needs)
+        )
+        try:
+            holds = holds and claim.holds(measured, *others, **named)
+        except (AttributeError, TypeError) as error:
+            raise TypeError(f"{claim_id}: its rule cannot use these figures: {error}") from error
+        entries[claim_id] = {
             "id": claim_id,
             "statement": claim.statement,
             "source": claim.source,
             "published": claim.published,
             "published_model": claim.published_model,
-            "measured": measured,
-            "stderr": _plain(stderr),
-            "n": None if n is None else int(n),
-            "holds": holds,
+            "measured": plain(value),
+            "stderr": plain(stderr),
+            "n": n,
+            "verdict": HOLDS if holds else FAILS,
         }
-        others = [c for c in self.data["claims"] if c["id"] != claim_id]
-        order = list(CLAIMS)
-        self.data["claims"] = sorted([*others, entry], key=lambda c: order.index(c["id"]))
+        self.data["claims"] = [entries[i] for i in self.claims if i in entries]
         write_json(self.path, self.data)
 
     def record_heads(self, role: str, heads: Iterable[object]) -> None:
@@ -94,145 +108,21 @@ class Ledger:
         self.data["heads"][role] = labels
         write_json(self.path, self.data)
 
-    def table(self, seeds: Path | None = None) -> pd.DataFrame:
+    def table(self, seeds: str | Path | None = None) -> pd.DataFrame:
         """The claims for display; with the file of other seeds, toy claims show their spread."""
         data = self.data
         if seeds is not None and Path(seeds).exists():
             data = merge_seeds(data, list(read_json(seeds).values()))
         pd.set_option("display.max_colwidth", None)  # statements are sentences: wrap, never cut
-        rows = {
-            c["id"]: (c["statement"], *_cells(c), c["source"], CLAIMS[c["id"]].rule)
+        rows = [
+            (c["statement"], *cells(c), c["source"], self.claims[c["id"]].in_words())
             for c in data["claims"]
-        }
-        return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+        ]
+        columns = ["claim", "published", "ours", "verdict", "source", "rule"]
+        return pd.DataFrame(rows, [c["id"] for c in data["claims"]], columns)
 
 
-def compare(fresh: dict, committed: dict) -> list[str]:
-    """Differences between a fresh run's ledger and the committed one; an empty list when none.
-
-    Claims, verdicts, weights and roles must be the same. A figure may differ by 0.02, by 5 % of
-    the committed one, or by four standard errors, whichever is most. A claim averaged over n seeds
-    stands against a single one, so four standard deviations (stderr * sqrt(n)) count instead, and
-    if the seeds disagreed its verdict is free. The heads of a role may differ in one head, or in a
-    fifth of them if that is more: scores near a threshold fall on either side.
-    """
-    found = []
-    if fresh["weights"] != committed["weights"]:
-        found.append(f"weights: {fresh['weights']}, committed {committed['weights']}")
-    new = {c["id"]: c for c in fresh["claims"]}
-    old = {c["id"]: c for c in committed["claims"]}
-    found += [f"{i}: only in the fresh run" for i in new if i not in old]
-    found += [f"{i}: only in the committed run" for i in old if i not in new]
-    for claim_id in (i for i in new if i in old):
-        found += _compare_claim(new[claim_id], old[claim_id])
-    for role in sorted({*fresh["heads"], *committed["heads"]}):
-        a, b = (set(side["heads"].get(role, ())) for side in (fresh, committed))
-        one_sided = (role in fresh["heads"]) != (role in committed["heads"])
-        if one_sided or len(a ^ b) > max(1, len(b) / 5):
-            found.append(f"heads, {role}: {sorted(a)}, committed {sorted(b)}")
-    return found
-
-
-def _compare_claim(new: dict, old: dict) -> list[str]:
-    found = []
-    held, of = old.get("holds_in", "1/1").split("/")
-    seeds_agree = held in ("0", of)
-    if new["holds"] != old["holds"] and seeds_agree:
-        found.append(f"{new['id']}: {_verdict(new)}, committed {_verdict(old)}")
-    a, b = new["measured"], old["measured"]
-    if a is None or b is None:
-        return found if a is b else [*found, f"{new['id']}: measured {a}, committed {b}"]
-    spread = old["stderr"] or 0.0
-    if "holds_in" in old:
-        spread *= math.sqrt(old["n"])
-    tolerance = max(0.02, 0.05 * abs(b), 4 * spread)
-    if abs(a - b) > tolerance:
-        found.append(f"{new['id']}: measured {a}, committed {b} ± {tolerance:.2g}")
-    return found
-
-
-def merge_seeds(full: dict, seeds: Sequence[dict]) -> dict:
-    """The ledger `full` with its toy claims averaged over its own seed and those in `seeds`.
-
-    measured, stderr and n are then over seeds; a claim holds if it does for every seed, and
-    `holds_in` says for how many, such as "4/5". Raises ValueError if a seed lacks a toy claim.
-    """
-    by_seed = [{c["id"]: c for c in run["claims"]} for run in [full, *seeds]]
-    claims = []
-    for claim in full["claims"]:
-        if claim["id"].startswith("toy."):
-            if any(claim["id"] not in run for run in by_seed):
-                raise ValueError(f"seeds: {claim['id']} is missing from one")
-            claim = claim | _over_seeds([run[claim["id"]] for run in by_seed])
-        claims.append(claim)
-    return full | {"claims": claims}
-
-
-def _over_seeds(runs: Sequence[dict]) -> dict:
-    values = [r["measured"] for r in runs if r["measured"] is not None]
-    held, n = sum(r["holds"] for r in runs), len(values)
-    return {
-        "measured": _plain(mean(values)) if values else None,
-        "stderr": _plain(stdev(values) / math.sqrt(n)) if n > 1 else None,
-        "n": n,
-        "holds": held == len(runs),
-        "holds_in": f"{held}/{len(runs)}",
-    }
-
-
-def markdown_table(ledger: dict | Path) -> str:
-    """The ledger's claims and heads as Markdown, for a README."""
-    data = ledger if isinstance(ledger, dict) else read_json(ledger)
-    lines = [
-        f"Model: `{data['model']}`; "
-        + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
-        + ".",
-        "",
-        "| claim | published | ours ± standard error (n) | verdict |",
-        "| --- | --- | --- | --- |",
-    ]
-    for c in data["claims"]:
-        lines.append("| " + " | ".join((_escape(c["statement"]), *map(_escape, _cells(c)))) + " |")
-    if data["heads"]:
-        lines += ["", "| role | heads |", "| --- | --- |"]
-        for role, heads in data["heads"].items():
-            lines.append(f"| {role.replace('_', ' ')} | {', '.join(heads) or 'none'} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cells(claim: dict) -> tuple[str, str, str]:
-    """Published figure, our figure and verdict, as text."""
-    published = "–" if claim["published"] is None else str(claim["published"])
-    if claim["published_model"]:
-        published += f" ({claim['published_model']})"
-    return published, _figure(claim), _verdict(claim)
-
-
-def _figure(claim: dict) -> str:
-    measured, stderr, n = claim["measured"], claim["stderr"], claim["n"]
-    if measured is None:
-        return "–"
-    text = f"{measured:.3g}"
-    if stderr is not None:
-        places = max(0, 1 - math.floor(math.log10(stderr))) if stderr else 2
-        text = f"{measured:.{min(places, 4)}f} ± {stderr:.{min(places, 4)}f}"
-    if n is not None:
-        text += f" (n = {n}{' seeds' if 'holds_in' in claim else ''})"
-    return text
-
-
-def _verdict(claim: dict) -> str:
-    verdict = "holds" if claim["holds"] else "does not hold"
-    seeds = claim.get("holds_in")
-    return f"{verdict} (in {seeds.replace('/', ' of ')} seeds)" if seeds else verdict
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _plain(value: float | None) -> float | None:
-    """A JSON number of four significant digits; None for NaN and infinity."""
-    if value is None or not math.isfinite(value := float(value)):
-        return None
-    return float(f"{value:.4g}")
+def _known(figure: object) -> bool:
+    """False for None and NaN (which differs from itself), or an estimate with such a mean."""
+    figure = figure[0] if isinstance(figure, tuple) else figure
+    return figure is not None and bool(figure == figure)

@@ -1,0 +1,207 @@
+"""The claims that the induction-heads notebook tests: who made them, and when they hold for us.
+
+`holds` is `rule` as a function of what the notebook records. The published figures are for
+comparison only. Lists of heads run from the strongest to the weakest, and may be empty.
+"""
+
+from utils.ledger import Claim
+
+OLSSON = "Olsson et al. 2022"
+ELHAGE = "Elhage et al. 2021"
+GPT2 = "gpt2-small"
+EXPLORE = "TransformerLens, Exploratory Analysis Demo"
+
+CLAIMS: dict[str, Claim] = {
+    "toy.phase_change": Claim(
+        "Prefix matching and in-context learning of a two-layer attention-only model rise "
+        "together, in a narrow window of training",
+        f"{OLSSON}, arguments 1 and 3",
+        published="over 75 % of the gain inside the window",
+        published_model="models of 2 or more layers",
+        rule="Measured: share of the final in-context-learning score that forms in a quarter of "
+        "the training, around the sharpest drop. Holds when it and the same share of the best "
+        "prefix-matching score are above 0.75.",
+        holds=lambda icl_share, prefix_share: icl_share > 0.75 and prefix_share > 0.75,
+    ),
+    "toy.one_layer_control": Claim(
+        "One attention-only layer learns neither: no induction head, hardly any gain on a repeat",
+        f"{OLSSON}, argument 2",
+        published="none forms",
+        published_model="1 layer, attention only",
+        rule="Measured: the best prefix-matching score of any head after training. Holds when it "
+        "is below 0.2 and in-context learning below a third of what two layers reach.",
+        holds=lambda best, share_of_two_layers: best < 0.2 and share_of_two_layers < 1 / 3,
+    ),
+    "toy.smeared_key": Claim(
+        "Keys that mix in the previous token let one layer learn it, and let two layers learn it "
+        "sooner",
+        f"{OLSSON}, argument 2",
+        published="forms; sooner",
+        published_model="1 and 2 layers, smeared keys",
+        rule="Measured: the best prefix-matching score of one layer with smeared keys. Holds when "
+        "it is above 0.5 and two layers with smeared keys have their sharpest drop before two "
+        "without.",
+        holds=lambda best, drop_smeared, drop_plain: best > 0.5 and drop_smeared < drop_plain,
+    ),
+    "toy.previous_token_layer0": Claim(
+        "The previous-token head sits in the first layer",
+        f"{ELHAGE}, induction heads; {OLSSON}",
+        published="layer 0",
+        published_model="2 layers, attention only",
+        rule="Measured: the best previous-token score, over the first copy. Holds when that head "
+        "is in layer 0 and its score above 0.5.",
+        holds=lambda best, heads: bool(heads) and heads[0].layer == 0 and best > 0.5,
+    ),
+    "toy.induction_layer1": Claim(
+        "The induction head sits in the second layer",
+        f"{ELHAGE}, induction heads; {OLSSON}",
+        published="layer 1",
+        published_model="2 layers, attention only",
+        rule="Measured: the best prefix-matching score. Holds when that head is in layer 1, its "
+        "score is above 0.5 and no head of layer 0 reaches half of it.",
+        holds=lambda best, heads, best_of_layer0: (
+            bool(heads) and heads[0].layer == 1 and best > 0.5 and best_of_layer0 < best / 2
+        ),
+    ),
+    "toy.k_composition": Claim(
+        "The induction pattern is built through the keys: taking the previous-token head out of "
+        "the induction head's keys alone destroys it",
+        f"{ELHAGE}, K-composition",
+        rule="Measured: prefix-matching score of the induction heads that is left, as a share, "
+        "after the previous-token heads are taken out of their keys. Holds when it is below 0.5, "
+        "and above 0.9 for queries and for values.",
+        holds=lambda keys, queries, values: keys < 0.5 and queries > 0.9 and values > 0.9,
+    ),
+    "toy.copying": Claim(
+        "The induction head's OV circuit copies: the token attended to raises its own logit",
+        f"{ELHAGE}, copying heads",
+        published="positive eigenvalues",
+        published_model="2 layers, attention only",
+        rule="Measured: mean eigenvalue copying score of the induction heads, -1 to 1. Holds when "
+        "it is above 0.5 and each head's is above zero.",
+        holds=lambda mean, lowest: mean > 0.5 and lowest > 0,
+    ),
+    "lm.repeat_loss": Claim(
+        "The loss on the second copy of a random sequence collapses",
+        "TransformerLens, Main Demo",
+        published="12.05 to 0.18 nats",
+        published_model=GPT2,
+        rule="Measured: loss on the second copy, in nats per token. Holds when it is below half "
+        "the loss on the first copy.",
+        holds=lambda second_copy, first_copy: second_copy.mean < first_copy.mean / 2,
+    ),
+    "lm.induction_heads": Claim(
+        "A few heads attend almost wholly to the token after an earlier copy",
+        EXPLORE,
+        published="5 heads at 0.85 to 0.93",
+        published_model=GPT2,
+        rule="Measured: the best induction-stripe score. Holds when some heads, but fewer than a "
+        "tenth of all, score 0.4 or more.",
+        holds=lambda best, heads, n_heads: best >= 0.4 and 0 < len(heads) < n_heads / 10,
+    ),
+    "lm.prefix_matching": Claim(
+        "The same heads stand out by prefix matching over four copies of a random sequence",
+        f"{OLSSON}, appendix",
+        published="0.75 to 0.94",
+        published_model="40 layers, three example heads",
+        rule="Measured: the best prefix-matching score. Holds when it is above 0.4 and three or "
+        "more of its top five heads are among the top five by the stripe.",
+        holds=lambda best, in_both_top_fives: best > 0.4 and len(in_both_top_fives) >= 3,
+    ),
+    "lm.copying": Claim(
+        "Induction heads copy: their output raises the logits of the tokens they attend to",
+        f"{OLSSON}, appendix",
+        published="0.20 to 0.89",
+        published_model="40 layers, three example heads",
+        rule="Measured: mean copying score of the induction heads, -1 to 1. Holds when there are "
+        "induction heads and their mean is above zero and above that of all heads.",
+        holds=lambda copying, all_heads, induction: (
+            bool(induction) and copying.mean > 0 and copying.mean > all_heads.mean
+        ),
+    ),
+    "lm.previous_token_heads": Claim(
+        "Some head attends almost wholly to the previous token",
+        EXPLORE,
+        published=0.992,
+        published_model=GPT2,
+        rule="Measured: the best previous-token score. Holds when a head that scores 0.4 or more "
+        "lies in a layer below the last induction head.",
+        holds=lambda best, previous, induction: (
+            best >= 0.4 and any(p.layer < i.layer for p in previous for i in induction)
+        ),
+    ),
+    "lm.duplicate_token_heads": Claim(
+        "Some heads attend to earlier copies of the present token",
+        EXPLORE,
+        published=0.703,
+        published_model=GPT2,
+        rule="Measured: the best duplicate-token score. Holds when it is 0.4 or more.",
+        holds=lambda best: best >= 0.4,
+    ),
+    "lm.icl_score": Claim(
+        "Later tokens of ordinary text are easier to predict than early ones",
+        f"{OLSSON}, argument 1",
+        published=-0.4,
+        published_model="2 to 40 layers",
+        rule="Measured: loss late in the text minus loss early, in nats. Holds when it is below "
+        "zero by more than two standard errors.",
+        holds=lambda icl: icl.mean < -2 * icl.stderr,
+    ),
+    "lm.ablation": Claim(
+        "Ablating the induction heads removes most of the gain on a repeat; ablating as many "
+        "random heads of the same layers does not",
+        f"{OLSSON}, argument 3",
+        rule="Measured: share of the gain on the second copy that mean ablation of the largest "
+        "set removes. Holds when it is above a half, and below a quarter for the random control.",
+        holds=lambda lost, control: lost.mean > 0.5 and control.mean < 0.25,
+        needs=("lm.repeat_loss",),
+    ),
+    "lm.icl_ablation": Claim(
+        "Induction heads account for most of in-context learning on ordinary text",
+        f"{OLSSON}, argument 3",
+        published="almost all of it",
+        published_model="small attention-only models",
+        rule="Measured: change of the in-context-learning score under zero ablation of the largest "
+        "set, in nats. Holds when it is above half of the score itself, and above the random "
+        "control's change by more than two standard errors.",
+        holds=lambda change, icl, over_control: (
+            change.mean > abs(icl.mean) / 2 and over_control.mean > 2 * over_control.stderr
+        ),
+        needs=("lm.icl_score",),
+    ),
+    "lm.zero_vs_mean": Claim(
+        "Zero ablation overstates what a head does, compared with mean ablation",
+        "Wang et al. 2022, section 2.1",
+        rule="Measured: share of the gain removed by zero ablation minus the share removed by mean "
+        "ablation, over all sizes of set. Holds when it is above zero by more than two standard "
+        "errors.",
+        holds=lambda gap: gap.mean > 2 * gap.stderr,
+        needs=("lm.repeat_loss",),
+    ),
+    "lm.patching_kqv": Claim(
+        "Changing the query, what precedes the answer, or the answer itself acts through the "
+        "induction heads' queries, keys and values respectively",
+        f"{ELHAGE}, induction heads",
+        rule="Measured: effect of the input that should carry a change minus that of the better "
+        "other input, for the weakest of the three changes. Holds when it is above 0.1, and above "
+        "zero by more than two standard errors, as is the model's own preference for the answer.",
+        holds=lambda weakest, clean: (
+            weakest.mean > 0.1
+            and weakest.mean > 2 * weakest.stderr
+            and clean.mean > 2 * clean.stderr
+        ),
+    ),
+    "lm.k_composition": Claim(
+        "The weights of a previous-token head compose with induction heads' keys more than those "
+        "of other heads do",
+        f"{ELHAGE}, composition; ARENA",
+        published="0.112 against 0.036",
+        published_model="ARENA's 2-layer attention-only model",
+        rule="Measured: K-composition of the highest previous-token head, mean over the induction "
+        "heads. Holds when there are heads of both kinds and it is above that of every other head "
+        "below the induction heads.",
+        holds=lambda best, best_other, previous, induction: (
+            bool(previous and induction) and best > best_other
+        ),
+    ),
+}

@@ -1,0 +1,242 @@
+"""The claims that the IOI notebook tests: what Wang et al. found, and when it holds for us.
+
+`holds` is `rule` as a function of what the notebook records. The published figures are for
+comparison only. Lists of heads may be empty.
+"""
+
+from utils.ledger import Claim
+
+WANG = "Wang et al. 2022"
+GPT2 = "gpt2-small"
+TASK = ("ioi.logit_diff",)  # the model does the task
+PATH = ("ioi.s_inhibition_queries",)  # and the path into the name movers was found
+
+CLAIMS: dict[str, Claim] = {
+    "ioi.logit_diff": Claim(
+        "The model gives the indirect object a higher logit than the subject",
+        f"{WANG}, section 2",
+        published=3.56,
+        published_model=GPT2,
+        rule="Measured: mean logit difference. Holds when it is above 1 and above zero by more "
+        "than three standard errors.",
+        holds=lambda clean: clean.mean > 1 and clean.mean > 3 * clean.stderr,
+    ),
+    "ioi.accuracy": Claim(
+        "It does so in nearly every prompt",
+        f"{WANG}, section 2",
+        published=0.993,
+        published_model=GPT2,
+        rule="Measured: share of prompts in which the indirect object has the higher logit. Holds "
+        "when it is 0.9 or more.",
+        holds=lambda accuracy: accuracy.mean >= 0.9,
+    ),
+    "ioi.probability": Claim(
+        "The indirect object is a likely next token",
+        f"{WANG}, section 2",
+        published=0.49,
+        published_model=GPT2,
+        rule="Measured: mean probability of the indirect object. Holds when it is above 0.1.",
+        holds=lambda probability: probability.mean > 0.1,
+    ),
+    "ioi.eight_prompts": Claim(
+        "The same on the eight prompts of the TransformerLens demos",
+        "TransformerLens, Exploratory Analysis Demo",
+        published=3.552,
+        published_model=GPT2,
+        rule="Measured: mean logit difference, with the start token. Holds when it is above 1 and "
+        "above zero by more than three standard errors.",
+        holds=lambda eight: eight.mean > 1 and eight.mean > 3 * eight.stderr,
+        needs=TASK,
+    ),
+    "ioi.dla_concentrated": Claim(
+        "A few heads write most of the answer directly, and a few write against it",
+        f"{WANG}, section 3.1",
+        published="3 heads for, 2 against",
+        published_model=GPT2,
+        rule="Measured: of all that heads write for the answer, the share of the five largest. "
+        "Holds when it is above half and some head writes against the answer by more than the "
+        "threshold.",
+        holds=lambda share, opponents: share > 0.5 and bool(opponents),
+        needs=TASK,
+    ),
+    "ioi.attention_projection": Claim(
+        "The more a name mover attends to a name, the more it writes that name",
+        f"{WANG}, figure 3c",
+        published="correlation above 0.81",
+        published_model=GPT2,
+        rule="Measured: mean over the name movers of the correlation, over prompts and names, "
+        "between attention and projection. Holds when it is above 0.5 and some head writes for "
+        "the answer by more than the threshold.",
+        holds=lambda correlation, writers: correlation.mean > 0.5 and bool(writers),
+        needs=TASK,
+    ),
+    "ioi.name_mover_attention": Claim(
+        "Name movers attend from the end to the indirect object",
+        f"{WANG}, section 3.1",
+        published=0.59,
+        published_model=GPT2,
+        rule="Measured: mean attention of the name movers from END to IO. Holds when it is above "
+        "0.3 and above that to S1 and S2 together by more than two standard errors, and some head "
+        "writes for the answer by more than the threshold.",
+        holds=lambda to_io, io_minus_s, writers: (
+            to_io.mean > 0.3 and io_minus_s.mean > 2 * io_minus_s.stderr and bool(writers)
+        ),
+        needs=TASK,
+    ),
+    "ioi.copy_score": Claim(
+        "Name movers copy names: what they read at a name raises that name",
+        f"{WANG}, section 3.1",
+        published="above 0.95; average head below 0.2",
+        published_model=GPT2,
+        rule="Measured: mean copy score (top 5) of the name movers, on what they read in the "
+        "prompt. Holds when there are name movers and it is above 0.8 and twice the mean of all "
+        "heads.",
+        holds=lambda score, all_heads, movers: (
+            bool(movers) and score.mean > 0.8 and score.mean > 2 * all_heads
+        ),
+        needs=TASK,
+    ),
+    "ioi.negative_copy_score": Claim(
+        "Negative name movers do the reverse: what they read at a name lowers that name",
+        f"{WANG}, section 3.1",
+        published="0.98; average head 0.12",
+        published_model=GPT2,
+        rule="Measured: mean copy score of the negative name movers with their output turned "
+        "round. Holds when there are such heads and it is above 0.8 and twice the mean of all "
+        "heads.",
+        holds=lambda score, all_heads, negative: (
+            bool(negative) and score.mean > 0.8 and score.mean > 2 * all_heads
+        ),
+        needs=TASK,
+    ),
+    "ioi.s_inhibition_queries": Claim(
+        "Some heads act through the name movers' queries, and attend from the end to S2",
+        f"{WANG}, section 3.2",
+        published="4 heads; attention to S2 0.51",
+        published_model=GPT2,
+        rule="Measured: share of the logit difference lost along the path from the strongest head "
+        "to the name movers' queries. Holds when it passes the threshold, there are name movers, "
+        "and the head attends to S2 more than to IO.",
+        holds=lambda lost, to_s2, to_io, senders, movers: (
+            bool(senders) and bool(movers) and to_s2 > to_io
+        ),
+        needs=TASK,
+    ),
+    "ioi.s_inhibition_signal": Claim(
+        "What S-inhibition heads carry is more the position of the subject than its name",
+        f"{WANG}, appendix A",
+        published="2.31 position, 0.99 token",
+        published_model=GPT2,
+        rule="Measured: coefficient of position minus coefficient of token in the fit. Holds when "
+        "it is above zero by more than two standard errors.",
+        holds=lambda advantage: advantage.mean > 2 * advantage.stderr,
+        needs=PATH,
+    ),
+    "ioi.early_heads": Claim(
+        "Duplicate-token and induction heads feed the S-inhibition heads' values at S2, and "
+        "previous-token heads the induction heads' keys at S1+1",
+        f"{WANG}, section 3.3",
+        published="2 of each; 2 previous-token heads",
+        published_model=GPT2,
+        rule="Measured: share of the logit difference lost through the S-inhibition heads' values, "
+        "summed over the heads beyond the threshold. Holds when an induction or duplicate-token "
+        "head is among them, and a previous-token head passes for the induction heads' keys.",
+        holds=lambda lost, at_s2, previous: bool(at_s2) and bool(previous),
+        needs=PATH,
+    ),
+    "ioi.random_token_roles": Claim(
+        "The early heads play the same roles on repeated random tokens",
+        f"{WANG}, appendices H and I",
+        published="among the top 1 to 5 heads",
+        published_model=GPT2,
+        rule="Measured: share of the early heads that are in the top tenth of all heads by the "
+        "score of their role. Holds when it is above half.",
+        holds=lambda in_top: in_top.mean > 0.5,
+        needs=TASK,
+    ),
+    "ioi.backup": Claim(
+        "Knock out the name movers, and other heads take over part of their work",
+        f"{WANG}, section 3.4",
+        published="only 5 % is lost",
+        published_model=GPT2,
+        rule="Measured: share of the logit difference lost. Holds when there are name movers, it "
+        "is below the share that they write directly by more than two standard errors, and some "
+        "other head writes more for the answer than before by more than the threshold.",
+        holds=lambda lost, saved, movers, stepped_in: (
+            bool(movers) and bool(stepped_in) and saved.mean > 2 * saved.stderr
+        ),
+        needs=TASK,
+    ),
+    "ioi.faithfulness": Claim(
+        "The circuit alone does the task about as well as the model",
+        f"{WANG}, section 4",
+        published=0.87,
+        published_model=GPT2,
+        rule="Measured: mean logit difference of the circuit over that of the model. Holds when it "
+        "is between 0.8 and 1.2.",
+        holds=lambda ratio: 0.8 <= ratio.mean <= 1.2,
+        needs=PATH,
+    ),
+    "ioi.naive": Claim(
+        "A naive circuit, a few heads of the main roles, is about as faithful",
+        f"{WANG}, section 4.3",
+        published="distance 0.1 (text) or 0.44 (stored data) of 3.56",
+        published_model=GPT2,
+        rule="Measured: mean logit difference of the naive circuit over that of the model. Holds "
+        "when its distance from the model is below a quarter of the model's.",
+        holds=lambda ratio, distance, model: distance.mean < 0.25 * model.mean,
+        needs=PATH,
+    ),
+    "ioi.random_circuit": Claim(
+        "A random circuit of the same size does not do the task",
+        f"{WANG}, section 4",
+        rule="Measured: mean logit difference over that of the model, mean of five draws. Holds "
+        "when it is below 0.3.",
+        holds=lambda ratio: ratio.mean < 0.3,
+        needs=PATH,
+    ),
+    "ioi.completeness": Claim(
+        "Knocked out role by role, circuit and model move alike",
+        f"{WANG}, section 4.1",
+        published="mean distance about 0.24 of the model's; naive 0.59 (stored data)",
+        published_model=GPT2,
+        rule="Measured: mean distance of circuit and model over the roles, as a share of the "
+        "model's logit difference. Holds when it is below 0.3 and below that of the naive circuit.",
+        holds=lambda distance, naive: distance < 0.3 and distance < naive,
+        needs=PATH,
+    ),
+    "ioi.minimality": Claim(
+        "Every head of the circuit matters",
+        f"{WANG}, section 4.2",
+        published="at least 0.01",
+        published_model=GPT2,
+        rule="Measured: the smallest change that a head makes, as a share of the model's logit "
+        "difference. Holds when every head changes it by 0.01 or more.",
+        holds=lambda smallest: smallest >= 0.01,
+        needs=PATH,
+    ),
+    "ioi.adversarial": Claim(
+        "One more mention of the indirect object breaks the behaviour, one more of the subject "
+        "does not",
+        f"{WANG}, section 4.4",
+        published="1.23 against 3.64",
+        published_model=GPT2,
+        rule="Measured: mean logit difference with an extra sentence about the indirect object. "
+        "Holds when it is below that without a sentence, and below that with one about the "
+        "subject, by more than two standard errors each.",
+        holds=lambda about_io, drop, drop_from_s: (
+            drop.mean > 2 * drop.stderr and drop_from_s.mean > 2 * drop_from_s.stderr
+        ),
+        needs=TASK,
+    ),
+    "ioi.published_heads": Claim(
+        "The heads found are those of the published circuit",
+        f"{WANG}, figure 2",
+        published="26 heads",
+        published_model=GPT2,
+        rule="Measured: share of the published heads that are found. Holds when it is above half, "
+        "and more than half of the heads found are published. For GPT-2 small only.",
+        holds=lambda recall, precision: recall > 0.5 and precision > 0.5,
+        only_for=GPT2,
+    ),
+}

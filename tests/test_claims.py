@@ -1,0 +1,181 @@
+"""Every claim's rule, on figures just inside and just outside its bounds; words and code agree."""
+
+import ast
+import importlib
+import math
+import re
+
+import pytest
+
+from utils.heads import Head
+from utils.ledger import Ledger
+from utils.metrics import Estimate
+from utils.results import ROOT, read_json
+
+PROJECTS = {
+    "project-1-induction-heads": "induction_claims",
+    "project-2-Indirect-Object-Identification": "ioi_claims",
+}
+OF = {project: importlib.import_module(name).CLAIMS for project, name in PROJECTS.items()}
+CLAIMS = {claim_id: claim for claims in OF.values() for claim_id, claim in claims.items()}
+
+
+def E(mean, stderr=0.1):
+    return Estimate(mean, stderr, 8)
+
+
+NONE, LOW, HIGH = [], [Head(0, 1)], [Head(1, 0), Head(0, 2)]
+TWO, THREE = {Head(0, 0), Head(0, 1)}, {Head(0, 0), Head(0, 1), Head(1, 1)}
+
+# id: figures that hold, then (index, figure) with which in its place they just do not
+FIGURES = {
+    "toy.phase_change": [(0.76, 0.76), (0, 0.75), (1, 0.75)],
+    "toy.one_layer_control": [(0.19, 0.33), (0, 0.2), (1, 0.34)],
+    "toy.smeared_key": [(0.51, 9, 10), (0, 0.5), (1, 10)],
+    "toy.previous_token_layer0": [(0.51, LOW), (0, 0.5), (1, HIGH), (1, NONE)],
+    "toy.induction_layer1": [(0.51, HIGH, 0.24), (0, 0.5), (1, LOW), (1, NONE), (2, 0.26)],
+    "toy.k_composition": [(0.49, 0.91, 0.91), (0, 0.5), (1, 0.9), (2, 0.9)],
+    "toy.copying": [(0.51, 0.01), (0, 0.5), (1, 0.0)],
+    "lm.repeat_loss": [(E(1.99), E(4.0)), (0, E(2.0))],
+    "lm.induction_heads": [(0.4, THREE, 31), (0, 0.39), (1, NONE), (2, 30)],
+    "lm.prefix_matching": [(0.41, THREE), (0, 0.4), (1, TWO), (1, NONE)],
+    "lm.copying": [(E(0.01), E(-0.5), LOW), (0, E(0.0)), (1, E(0.01)), (2, NONE)],
+    "lm.previous_token_heads": [(0.4, LOW, HIGH), (0, 0.39), (1, HIGH[:1]), (1, NONE), (2, NONE)],
+    "lm.duplicate_token_heads": [(0.4,), (0, 0.39)],
+    "lm.icl_score": [(E(-0.21),), (0, E(-0.2))],
+    "lm.ablation": [(E(0.51), E(0.24)), (0, E(0.5)), (1, E(0.25))],
+    "lm.icl_ablation": [(E(0.51), E(-1.0), E(0.21)), (0, E(0.5)), (1, E(1.1)), (2, E(0.2))],
+    "lm.zero_vs_mean": [(E(0.21),), (0, E(0.2))],
+    "lm.patching_kqv": [
+        (E(0.11, 0.05), E(0.21)),
+        (0, E(0.1, 0.01)),
+        (0, E(0.11, 0.06)),
+        (1, E(0.2)),
+    ],
+    "lm.k_composition": [(0.2, 0.19, LOW, HIGH), (1, 0.2), (2, NONE), (3, NONE)],
+    "ioi.logit_diff": [(E(1.01, 0.33),), (0, E(1.0, 0.1)), (0, E(1.01, 0.34))],
+    "ioi.accuracy": [(E(0.9),), (0, E(0.89))],
+    "ioi.probability": [(E(0.11),), (0, E(0.1))],
+    "ioi.eight_prompts": [(E(1.01, 0.33),), (0, E(1.0, 0.1)), (0, E(1.01, 0.34))],
+    "ioi.dla_concentrated": [(0.51, LOW), (0, 0.5), (1, NONE)],
+    "ioi.attention_projection": [(E(0.51), LOW), (0, E(0.5)), (1, NONE)],
+    "ioi.name_mover_attention": [(E(0.31), E(0.21), LOW), (0, E(0.3)), (1, E(0.2)), (2, NONE)],
+    "ioi.copy_score": [(E(0.82), 0.39, LOW), (0, E(0.8)), (1, 0.41), (2, NONE)],
+    "ioi.negative_copy_score": [(E(0.82), 0.39, LOW), (0, E(0.8)), (1, 0.41), (2, NONE)],
+    "ioi.s_inhibition_queries": [(E(0.1), 0.5, 0.4, LOW, HIGH), (2, 0.5), (3, NONE), (4, NONE)],
+    "ioi.s_inhibition_signal": [(E(0.21),), (0, E(0.2))],
+    "ioi.early_heads": [(E(0.3), LOW, LOW), (1, NONE), (2, NONE)],
+    "ioi.random_token_roles": [(E(0.51),), (0, E(0.5))],
+    "ioi.backup": [(E(0.1), E(0.21), LOW, HIGH), (1, E(0.2)), (2, NONE), (3, NONE)],
+    "ioi.faithfulness": [(E(0.8),), (0, E(0.79)), (0, E(1.21))],
+    "ioi.naive": [(E(0.8), E(0.99), E(4.0)), (1, E(1.0))],
+    "ioi.random_circuit": [(E(0.29),), (0, E(0.3))],
+    "ioi.completeness": [(0.29, 0.4), (0, 0.3), (1, 0.29)],
+    "ioi.minimality": [(0.01,), (0, 0.009)],
+    "ioi.adversarial": [(E(1.0), E(0.21), E(0.21)), (1, E(0.2)), (2, E(0.2))],
+    "ioi.published_heads": [(0.51, 0.51), (0, 0.5), (1, 0.5)],
+}
+
+IN_WORDS = {  # as a rule's text may say a number of its code
+    "0": "zero|layer 0|some",
+    "1": r"\b1\b|third",
+    "2": "two|twice|half",
+    "3": "three|third",
+    "10": "tenth",
+    "0.25": "quarter",
+    "0.5": "half|0.5",
+}
+
+
+def numbers(function):
+    """The numbers in a function's code, without indices."""
+    if isinstance(function, ast.Subscript):
+        return numbers(function.value)
+    if isinstance(function, ast.Constant):
+        return {f"{function.value}"}
+    return set().union(*map(numbers, ast.iter_child_nodes(function)))
+
+
+def replaced(figures, index, figure):
+    return (*figures[:index], figure, *figures[index + 1 :])
+
+
+@pytest.mark.parametrize("claim_id", CLAIMS)
+def test_a_rule_holds_inside_its_bounds_and_not_outside(claim_id):
+    inside, *changes = FIGURES[claim_id]
+    holds = CLAIMS[claim_id].holds
+    assert changes
+    assert holds(*inside)
+    assert not [change for change in changes if holds(*replaced(inside, *change))]
+
+
+@pytest.mark.parametrize("claim_id", CLAIMS)
+def test_without_a_figure_a_claim_does_not_hold(claim_id, tmp_path, monkeypatch):
+    monkeypatch.setenv("MECH_INTERP_RESULTS", str(tmp_path))
+    ledger = Ledger("project", {claim_id: CLAIMS[claim_id]._replace(needs=())}, "m", "w")
+
+    def verdict(figures):
+        ledger.record(claim_id, *figures)
+        return read_json(ledger.path)["claims"][0]["verdict"]
+
+    inside = FIGURES[claim_id][0]
+    assert verdict(inside) == "holds"
+    for i, figure in enumerate(inside):
+        if not isinstance(figure, list | set):
+            for missing in (None, math.nan, E(math.nan)):
+                assert verdict(replaced(inside, i, missing)) == "does not hold"
+
+
+@pytest.mark.parametrize("project", OF)
+def test_words_and_code_state_the_same_numbers(project):
+    tree = ast.parse((ROOT / project / f"{PROJECTS[project]}.py").read_text())
+    (table,) = (n for n in ast.walk(tree) if isinstance(n, ast.Dict))
+    for key, call in zip(table.keys, table.values, strict=True):
+        (code,) = (k.value.body for k in call.keywords if k.arg == "holds")
+        rule = CLAIMS[key.value].rule
+        assert re.fullmatch(r"Measured: .*\. Holds when .*\.", rule)
+        bound = rule.split("Holds when")[1]
+        for number in numbers(code):
+            assert re.search(IN_WORDS.get(number, re.escape(number)), bound), (key.value, number)
+        said = set(re.findall(r"\b\d\.\d+\b", bound))
+        assert {float(x) for x in said} <= {float(x) for x in numbers(code)}, key.value
+
+
+@pytest.mark.parametrize("project", OF)
+def test_what_a_claim_needs_comes_before_it(project):
+    seen = []
+    for claim_id, claim in OF[project].items():
+        assert set(claim.needs) <= set(seen)
+        seen.append(claim_id)
+
+
+def test_what_builds_on_the_behaviour_needs_it():
+    def chain(claim_id):
+        return {claim_id}.union(*map(chain, CLAIMS[claim_id].needs))
+
+    free = {i for i in CLAIMS if i.startswith("ioi.") and "ioi.logit_diff" not in chain(i)}
+    assert free == {"ioi.accuracy", "ioi.probability", "ioi.published_heads"}
+    path = {i for i in CLAIMS if CLAIMS[i].needs == ("ioi.s_inhibition_queries",)}
+    about = "s_inhibition_signal early_heads faithfulness naive random_circuit completeness"
+    assert path == {f"ioi.{name}" for name in [*about.split(), "minimality"]}
+
+
+@pytest.mark.parametrize("project", OF)
+def test_committed_verdicts_follow_from_the_committed_figures(project):
+    """Where the rule looks at the reported figure alone."""
+    for entry in read_json(ROOT / project / "results" / "smollm2-135m.json")["claims"]:
+        claim = OF[project][entry["id"]]
+        fields = ("statement", "source", "published", "published_model")
+        assert [entry[field] for field in fields] == [getattr(claim, field) for field in fields]
+        if claim.holds.__code__.co_argcount == 1:
+            given = Estimate(entry["measured"], entry["stderr"], entry["n"])
+            measured = given if entry["n"] else entry["measured"]
+            assert entry["verdict"] == ("holds" if claim.holds(measured) else "does not hold")
+
+
+def test_statements_name_no_head_and_every_claim_a_source():
+    assert set(FIGURES) == set(CLAIMS)
+    for claim_id, claim in CLAIMS.items():
+        assert re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
+        assert claim.source
+        assert not re.search(r"\b(L\d+H\d+|\d{1,2}\.\d{1,2}\b(?= heads?))", claim.statement)

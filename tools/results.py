@@ -1,0 +1,74 @@
+"""Results for maintainers: what differs between two runs, and a README's tables."""
+
+import math
+from pathlib import Path
+
+from utils.results import cells, read_json, verdict
+
+
+def compare(fresh: dict, committed: dict) -> list[str]:
+    """Differences between a fresh run's ledger and the committed one; an empty list when none.
+
+    Claims, verdicts, weights and roles must be the same. A figure may differ by 0.02, by 5 % of
+    the committed one, or by four standard errors, whichever is most. A claim averaged over n seeds
+    stands against a single one, so four standard deviations (stderr * sqrt(n)) count instead, and
+    if the seeds disagreed its verdict is free. The heads of a role may differ in one head, or in a
+    fifth of them if that is more: scores near a threshold fall on either side.
+    """
+    found = []
+    if fresh["weights"] != committed["weights"]:
+        found.append(f"weights: {fresh['weights']}, committed {committed['weights']}")
+    new = {c["id"]: c for c in fresh["claims"]}
+    old = {c["id"]: c for c in committed["claims"]}
+    found += [f"{i}: only in the fresh run" for i in new if i not in old]
+    found += [f"{i}: only in the committed run" for i in old if i not in new]
+    for claim_id in (i for i in new if i in old):
+        found += _compare_claim(new[claim_id], old[claim_id])
+    for role in sorted({*fresh["heads"], *committed["heads"]}):
+        a, b = (set(side["heads"].get(role, ())) for side in (fresh, committed))
+        one_sided = (role in fresh["heads"]) != (role in committed["heads"])
+        if one_sided or len(a ^ b) > max(1, len(b) / 5):
+            found.append(f"heads, {role}: {sorted(a)}, committed {sorted(b)}")
+    return found
+
+
+def _compare_claim(new: dict, old: dict) -> list[str]:
+    found = []
+    held, of = old.get("holds_in", "1/1").split("/")
+    seeds_agree = held in ("0", of)
+    if new["verdict"] != old["verdict"] and seeds_agree:
+        found.append(f"{new['id']}: {verdict(new)}, committed {verdict(old)}")
+    a, b = new["measured"], old["measured"]
+    if a is None or b is None:
+        return found if a is b else [*found, f"{new['id']}: measured {a}, committed {b}"]
+    spread = old["stderr"] or 0.0
+    if "holds_in" in old:
+        spread *= math.sqrt(old["n"])
+    tolerance = max(0.02, 0.05 * abs(b), 4 * spread)
+    if abs(a - b) > tolerance:
+        found.append(f"{new['id']}: measured {a}, committed {b} ± {tolerance:.2g}")
+    return found
+
+
+def markdown_table(ledger: dict | Path) -> str:
+    """The ledger's claims and heads as Markdown, for a README."""
+    data = ledger if isinstance(ledger, dict) else read_json(ledger)
+    lines = [
+        f"Model: `{data['model']}`; "
+        + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+        + ".",
+        "",
+        "| claim | published | ours ± standard error (n) | verdict |",
+        "| --- | --- | --- | --- |",
+    ]
+    for c in data["claims"]:
+        lines.append("| " + " | ".join((_escape(c["statement"]), *map(_escape, cells(c)))) + " |")
+    if data["heads"]:
+        lines += ["", "| role | heads |", "| --- | --- |"]
+        for role, heads in data["heads"].items():
+            lines.append(f"| {role.replace('_', ' ')} | {', '.join(heads) or 'none'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

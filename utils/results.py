@@ -1,0 +1,96 @@
+"""Results files: numbers as JSON, written whole or not at all, shown as text, merged over seeds."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLDS, FAILS = "holds", "does not hold"
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON file at `path`."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write `data` as JSON (never NaN), whole or not at all: a reader never sees half a file."""
+    write_file(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, creating its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value: float | None) -> float | None:
+    """A JSON number of four significant digits; None for NaN and infinity."""
+    if value is None or not math.isfinite(value := float(value)):
+        return None
+    return float(f"{value:.4g}")
+
+
+def cells(claim: dict) -> tuple[str, str, str]:
+    """Published figure, our figure and verdict of an entry, as text."""
+    published = "–" if claim["published"] is None else str(claim["published"])
+    if claim["published_model"]:
+        published += f" ({claim['published_model']})"
+    return published, _figure(claim), verdict(claim)
+
+
+def _figure(claim: dict) -> str:
+    measured, stderr, n = claim["measured"], claim["stderr"], claim["n"]
+    if measured is None:
+        return "–"
+    text = f"{measured:.3g}"
+    if stderr is not None:
+        places = min(max(0, 1 - math.floor(math.log10(stderr))), 4) if stderr else 2
+        text = f"{measured:.{places}f} ± {stderr:.{places}f}"
+    if n is not None:
+        text += f" (n = {n}{' seeds' if 'holds_in' in claim else ''})"
+    return text
+
+
+def verdict(claim: dict) -> str:
+    """An entry's verdict in words, with the number of seeds if it was merged over some."""
+    seeds = claim.get("holds_in", "").replace("/", " of ")
+    return claim["verdict"] + (f" (in {seeds} seeds)" if seeds else "")
+
+
+def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:
+    """The ledger `full` with its toy claims averaged over its own seed and those in `seeds`.
+
+    measured, stderr and n are then over seeds; a claim holds if it does for every seed, and
+    `holds_in` says for how many, such as "4/5". Raises ValueError if a seed lacks a toy claim.
+    """
+    by_seed = [{c["id"]: c for c in run["claims"]} for run in [full, *seeds]]
+    claims = []
+    for claim in full["claims"]:
+        if claim["id"].startswith("toy."):
+            if any(claim["id"] not in run for run in by_seed):
+                raise ValueError(f"seeds: {claim['id']} is missing from one")
+            claim = claim | _over_seeds([run[claim["id"]] for run in by_seed])
+        claims.append(claim)
+    return full | {"claims": claims}
+
+
+def _over_seeds(runs: list[dict]) -> dict:
+    values = [r["measured"] for r in runs if r["measured"] is not None]
+    held, n = sum(r["verdict"] == HOLDS for r in runs), len(values)
+    return {
+        "measured": plain(mean(values)) if values else None,
+        "stderr": plain(stdev(values) / math.sqrt(n)) if n > 1 else None,
+        "n": n,
+        "verdict": HOLDS if held == len(runs) else FAILS,
+        "holds_in": f"{held}/{len(runs)}",
+    }
