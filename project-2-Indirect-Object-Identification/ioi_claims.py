@@ -4,12 +4,38 @@
 comparison only. Lists of heads may be empty.
 """
 
+from collections.abc import Iterable
+
+from utils.heads import Head
 from utils.ledger import Claim
 
 WANG = "Wang et al. 2022"
 GPT2 = "gpt2-small"
 TASK = ("ioi.logit_diff",)  # the model does the task
 PATH = ("ioi.s_inhibition_queries",)  # and the path into the name movers was found
+
+# The 26 heads of GPT-2 small, by role: Wang et al. 2022, figure 2.
+PUBLISHED_CIRCUIT = {
+    role: [Head(*map(int, name.split("."))) for name in names.split()]
+    for role, names in {
+        "previous_token": "2.2 4.11",
+        "duplicate_token": "0.1 0.10 3.0",
+        "induction": "5.5 5.8 5.9 6.9",
+        "s_inhibition": "7.3 7.9 8.6 8.10",
+        "name_mover": "9.6 9.9 10.0",
+        "negative_name_mover": "10.7 11.10",
+        "backup_name_mover": "9.0 9.7 10.1 10.2 10.6 10.10 11.2 11.9",
+    }.items()
+}
+
+
+def precision_recall(found: Iterable[tuple[int, int]]) -> tuple[float, float]:
+    """Share of the heads found that are published, and of the published that are found."""
+    found = {tuple(head) for head in found}
+    published = {tuple(head) for heads in PUBLISHED_CIRCUIT.values() for head in heads}
+    both = len(found & published)
+    return both / max(len(found), 1), both / len(published)
+
 
 CLAIMS: dict[str, Claim] = {
     "ioi.logit_diff": Claim(

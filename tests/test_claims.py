@@ -179,3 +179,14 @@ def test_statements_name_no_head_and_every_claim_a_source():
         assert re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
         assert claim.source
         assert not re.search(r"\b(L\d+H\d+|\d{1,2}\.\d{1,2}\b(?= heads?))", claim.statement)
+
+
+def test_the_published_circuit():
+    import ioi_claims
+
+    heads = [head for heads in ioi_claims.PUBLISHED_CIRCUIT.values() for head in heads]
+    assert len(set(heads)) == 26
+    assert {(9, 9), (4, 11), (10, 7)} <= set(heads)
+    assert ioi_claims.precision_recall(heads) == (1, 1)
+    assert ioi_claims.precision_recall([(9, 9), (0, 0)]) == (0.5, 1 / 26)
+    assert ioi_claims.precision_recall([]) == (0, 0)
