@@ -129,7 +129,7 @@ def test_without_a_figure_a_claim_does_not_hold(claim_id, tmp_path, monkeypatch)
 @pytest.mark.parametrize("project", OF)
 def test_words_and_code_state_the_same_numbers(project):
     tree = ast.parse((ROOT / project / f"{PROJECTS[project]}.py").read_text())
-    (table,) = (n for n in ast.walk(tree) if isinstance(n, ast.Dict))
+    (table,) = (n.value for n in tree.body if isinstance(n, ast.AnnAssign))  # CLAIMS: ...
     for key, call in zip(table.keys, table.values, strict=True):
         (code,) = (k.value.body for k in call.keywords if k.arg == "holds")
         rule = CLAIMS[key.value].rule
