@@ -1,17 +1,12 @@
 """Diagram of a circuit: roles as boxes with their heads inside, arrows by size of effect.
 
-Boxes stand in rows by level. An arrow that skips a row gets a place of its own there, like a box
-without width, so it never crosses a box: every stretch of it lies between two rows, or in its place.
+Boxes stand in rows by level. An arrow that skips a row gets a place of its own there, a box without
+width: so it never crosses a box, for each stretch of it lies between two rows or in its place.
 """
 
-from __future__ import annotations
-
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,37 +15,27 @@ from utils.plotting import COLOURS, PNG_WIDTH
 
 END = "logits"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
-GAP, ROW_GAP, LINE, CHAR = 30, 84, 18, 7.6  # pixels, as everything below; a line, a bold letter
-LABEL = (66, 17)  # room that an arrow's label needs
+GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
+LABEL = (66, 17)  # room for the label of an arrow
 
-
-class Edge(NamedTuple):
-    """An arrow: from one role to another (or "logits"), its effect, and the input it acts on."""
-
-    sender: str
-    receiver: str
-    effect: float
-    via: str = ""
+Roles = Mapping[str, Sequence[object]]
 
 
 @dataclass
 class Box:
-    """A role with its heads, or the place where an arrow passes; x and y are its centre."""
+    """A role with its heads, or the place of a passing arrow; sizes and edges in pixels."""
 
     row: int
     text: str = ""
     width: float = 0
-    height: float = 0  # that of the whole row, once placed
-    x: float = 0
-    y: float = 0
+    height: float = 0
+    x: float = 0  # of its middle
+    low: float = 0
+    high: float = 0
 
 
 def circuit_diagram(
-    roles: Mapping[str, Sequence[object]],
-    edges: Sequence[tuple],
-    *,
-    levels: Mapping[str, int],
-    title: str,
+    roles: Roles, edges: Sequence[tuple], *, levels: Mapping[str, int], title: str
 ) -> go.Figure:
     """Roles as boxes with their heads inside, early at the bottom, arrows as wide as their effect.
 
@@ -61,25 +46,23 @@ def circuit_diagram(
     ValueError: no role with heads, a role without a level, an arrow from or to no role, or one that
     does not go up.
     """
-    edges = [Edge(*edge) for edge in edges]
     _check(roles, edges, levels)
     boxes = _boxes({name: heads for name, heads in roles.items() if len(heads)}, levels)
-    edges = [edge for edge in edges if edge.sender in boxes and edge.receiver in boxes]
+    edges = [edge for edge in edges if edge[0] in boxes and edge[1] in boxes]
     rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[END].row + 1)]
     height = _place(rows)
-    chains = [_chain(boxes[edge.sender], boxes[edge.receiver], rows) for edge in edges]
-    for place in (place for chain in chains for place in chain[1:-1]):
-        rows[place.row].append(place)
+    chains = [_chain(boxes[sender], boxes[receiver], rows) for sender, receiver, *_ in edges]
+    passing = [place for chain in chains for place in chain[1:-1]]
+    rows = [row + [place for place in passing if place.row == i] for i, row in enumerate(rows)]
     _place([sorted(row, key=lambda box: box.x) for row in rows])
 
     fig = go.Figure()
     _draw_arrows(fig, edges, chains)
     for i, box in enumerate(boxes.values()):
         colour = "#404040" if box is boxes[END] else COLOURS[i % len(COLOURS)]
-        across = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2)
-        up = dict(y0=box.y - box.height / 2, y1=box.y + box.height / 2)
+        corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
         look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
-        fig.add_shape(type="rect", label_text=box.text, **across, **up, **look)
+        fig.add_shape(type="rect", label_text=box.text, **corners, **look)
     # a pixel is a unit: boxes fit their text, which does not stretch
     fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
@@ -87,7 +70,7 @@ def circuit_diagram(
     return fig.update_layout(title_text=title, **size)
 
 
-def _check(roles: Mapping, edges: Sequence[Edge], levels: Mapping[str, int]) -> None:
+def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
     if END in roles:
         raise ValueError(f"roles: {END!r} is the box at the top, give it no heads")
     if not any(len(heads) for heads in roles.values()):
@@ -103,88 +86,72 @@ def _check(roles: Mapping, edges: Sequence[Edge], levels: Mapping[str, int]) -> 
             raise ValueError(f"{arrow} must go to a higher level, got {got}")
 
 
-def _boxes(roles: Mapping[str, Sequence[object]], levels: Mapping[str, int]) -> dict[str, Box]:
-    """Boxes from the lowest row to the logits, with text wrapped to fit side by side."""
-    boxes = {}
+def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
+    """Boxes from the lowest row to the logits, with text wrapped so that a row fits the page."""
     used = sorted({levels[name] for name in roles})
-    for row, level in enumerate(used):
-        names = [name for name in roles if levels[name] == level]
-        room = int(((PNG_WIDTH - GAP) / len(names) - 2 * GAP) / CHAR)  # letters in a line
-        for name in names:
-            heads = [str(head) for head in roles[name]]
-            fit = min(6, max(1, room // (max(map(len, heads)) + 2)))
-            parts = np.array_split(heads, math.ceil(len(heads) / fit))
-            lines, header = (
-                ["  ".join(part) for part in parts],
-                textwrap.wrap(name.replace("_", " "), max(8, room)),
-            )
-            width = max(110, CHAR * max(map(len, header + lines)) + LINE)
-            text = "<br>".join([f"<b>{line}</b>" for line in header] + lines)
-            boxes[name] = Box(row, text, width, LINE * (len(header + lines) + 1))
+    boxes = {}
+    for name in sorted(roles, key=levels.get):
+        beside = sum(levels[other] == levels[name] for other in roles)
+        room = max(8, int(((PNG_WIDTH - GAP) / beside - 2 * GAP) / LETTER))  # letters in a line
+        header = textwrap.wrap(name.replace("_", " "), room)
+        heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 40))
+        text = "<br>".join([*(f"<b>{line}</b>" for line in header), *heads])
+        width = max(110, LETTER * max(map(len, header + heads)) + LINE)
+        height = LINE * (len(header + heads) + 1)
+        boxes[name] = Box(used.index(levels[name]), text, width, height)
     return boxes | {END: Box(len(used), f"<b>{END}</b>", 110, 2 * LINE)}
 
 
 def _place(rows: list[list[Box]]) -> float:
-    """Set each box's centre and height, spread over the width; returns the height of all rows."""
-    y = GAP
+    """Spread each row over the page, its boxes of one height; returns the height of all rows."""
+    low = GAP
     for row in rows:
         height = max(box.height for box in row)
         gap = (PNG_WIDTH - sum(box.width for box in row)) / (len(row) + 1)
-        x = 0
+        left = gap
         for box in row:
-            box.x, box.y, box.height = x + gap + box.width / 2, y + height / 2, height
-            x += gap + box.width
-        y += height + ROW_GAP
-    return y - ROW_GAP + GAP
+            box.x, box.low, box.high = left + box.width / 2, low, low + height
+            left += box.width + gap
+        low += height + ROW_GAP
+    return low - ROW_GAP + GAP
 
 
 def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
-    """The two boxes and, in each row between, a place on the straight line from one to the other."""
-    between = range(start.row + 1, end.row)
-    shares = [(rows[i][0].y - start.y) / (end.y - start.y) for i in between]
-    return [
-        start,
-        *(Box(i, x=start.x + s * (end.x - start.x)) for i, s in zip(between, shares, strict=True)),
-        end,
-    ]
+    """The two boxes and a place in each row between, on the straight line from one to the other."""
+    slope = (end.x - start.x) / (end.low - start.low)
+    heights = [(i, rows[i][0].low - start.low) for i in range(start.row + 1, end.row)]
+    return [start, *(Box(i, x=start.x + slope * height) for i, height in heights), end]
 
 
 def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
-    """x where each arrow touches the box `at` one end: side by side in the order of their next."""
+    """x where each arrow touches its box `at` one end: in the order in which they go on."""
     ports = []
     for i, chain in enumerate(chains):
-        box = chain[at]
-        mine = [j for j, other in enumerate(chains) if other[at] is box]
-        mine.sort(key=lambda j: chains[j][towards].x)
-        ports.append(box.x + box.width * ((mine.index(i) + 1) / (len(mine) + 1) - 0.5))
+        same = [j for j, other in enumerate(chains) if other[at] is chain[at]]
+        rank = sorted(same, key=lambda j: chains[j][towards].x).index(i) + 1
+        ports.append(chain[at].x + chain[at].width * (rank / (len(same) + 1) - 0.5))
     return ports
 
 
-def _draw_arrows(fig: go.Figure, edges: Sequence[Edge], chains: list[list[Box]]) -> None:
-    largest = max((abs(edge.effect) for edge in edges), default=0) or 1
-    labels: list[tuple[float, float]] = []
-    starts, ends = _ports(chains, 0, 1), _ports(chains, -1, -2)
-    for edge, chain, x0, x1 in zip(edges, chains, starts, ends, strict=True):
-        path = [(x0, chain[0].y + chain[0].height / 2)]
-        for place in chain[1:-1]:
-            path += [(place.x, place.y - place.height / 2), (place.x, place.y + place.height / 2)]
-        path.append((x1, chain[-1].y - chain[-1].height / 2))
-        colour = RAISES if edge.effect > 0 else LOWERS
-        width = 1 + 5 * abs(edge.effect) / largest
-        for n, ((ax, ay), (x, y)) in enumerate(pairwise(path), start=2):
-            head = dict(arrowhead=2 if n == len(path) else 0, arrowsize=max(0.5, 1.6 / width**0.5))
-            look = dict(arrowcolor=colour, arrowwidth=width, axref="x", ayref="y", text="")
-            fig.add_annotation(x=x, y=y, ax=ax, ay=ay, showarrow=True, **look, **head)
-        (x, y), (nx, ny) = path[:2]
-        spots = [(x + t * (nx - x), y + t * (ny - y)) for t in (0.45, 0.7, 0.22)]
-        free = (
-            s
-            for s in spots
-            if all(abs(s[0] - x) > LABEL[0] or abs(s[1] - y) > LABEL[1] for x, y in labels)
-        )
+def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]) -> None:
+    largest = max((abs(effect) for _, _, effect, *_ in edges), default=0) or 1
+    ports = zip(_ports(chains, 0, 1), _ports(chains, -1, -2), strict=True)
+    labels: list[np.ndarray] = []
+    for (_, _, effect, *_), chain, (start, end) in zip(edges, chains, ports, strict=True):
+        x = [start, *(place.x for place in chain[1:-1] for _ in ("in", "out")), end]
+        y = [y for box in chain for y in (box.low, box.high)][1:-1]
+        path = np.array([x, y]).T  # [corner xy]
+        width, colour = 1 + 5 * abs(effect) / largest, RAISES if effect > 0 else LOWERS
+        # The head has the last half stretch; all before is a line, which bends without gaps.
+        (ax, ay), tip = (path[-2] + path[-1]) / 2, dict(x=x[-1], y=y[-1], axref="x", ayref="y")
+        head = dict(arrowhead=2, arrowsize=max(0.5, 1.6 / width**0.5), arrowcolor=colour, text="")
+        fig.add_annotation(ax=ax, ay=ay, arrowwidth=width, **tip, **head)
+        line = np.vstack([path[:-1], 0.45 * path[-2] + 0.55 * path[-1]])
+        look = dict(line=dict(width=width, color=colour), hoverinfo="skip", showlegend=False)
+        fig.add_scatter(x=line[:, 0], y=line[:, 1], mode="lines", **look)
+        spots = [path[0] + t * (path[1] - path[0]) for t in (0.45, 0.7, 0.22)]
+        free = (s for s in spots if all((abs(s - other) > LABEL).any() for other in labels))
         labels.append(next(free, spots[0]))
-    for edge, (x, y) in zip(edges, labels, strict=True):  # over all arrows
-        text = f"{edge.via} {edge.effect:+.2f}".strip().replace("-", "−")
-        fig.add_annotation(
-            x=x, y=y, text=text, showarrow=False, bgcolor="white", font_size=12, borderpad=1
-        )
+    for (_, _, effect, *via), (x, y) in zip(edges, labels, strict=True):  # over all arrows
+        text = " ".join([*via, f"{effect:+.2f}"]).strip().replace("-", "−")
+        fig.add_annotation(x=x, y=y, text=text, showarrow=False, bgcolor="white", font_size=12)
