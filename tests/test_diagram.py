@@ -35,12 +35,11 @@ CROWDED = dict(roles=CROWD, edges=[], levels=dict.fromkeys(CROWD, 0))
 
 
 def drawn(**change):
-    """The figure, its boxes (left, right, bottom, top) by name, its arrows, and its labels."""
+    """The figure, its boxes (rectangles) by name, its arrows (lines), and the texts of these."""
     fig = circuit_diagram(**CALL | change)
     boxes = {re.sub("</b><br><b>", " ", s.label.text): s for s in fig.layout.shapes}
     boxes = {re.search("<b>(.*)</b>", text)[1]: s for text, s in boxes.items()}
-    notes = fig.layout.annotations
-    return fig, boxes, [a for a in notes if not a.text], [a for a in notes if a.text]
+    return fig, boxes, fig.data, fig.layout.annotations
 
 
 def test_every_head_stands_in_its_box_and_empty_roles_are_left_out():
@@ -67,27 +66,25 @@ def test_boxes_stand_by_level_inside_the_page_and_apart_with_room_for_their_text
 
 
 def test_labels_colours_and_widths_tell_the_effects():
-    fig, _, arrows, labels = drawn()
+    _, _, arrows, labels = drawn()
     assert [a.text for a in labels] == ["k −0.31", "q +0.50", "−1.00", "v +0.25", "+0.25"]
     effects = [effect for sender, _, effect, *_ in EDGES if sender != "absent"]
-    widths = pytest.approx([1 + 5 * abs(e) for e in effects])
-    colours = [RAISES if e > 0 else LOWERS for e in effects]
-    assert [a.arrowcolor for a in arrows] == [t.line.color for t in fig.data] == colours
-    assert [a.arrowwidth for a in arrows] == [t.line.width for t in fig.data] == widths
+    assert [a.line.color for a in arrows] == [RAISES if e > 0 else LOWERS for e in effects]
+    assert [a.line.width for a in arrows] == pytest.approx([1 + 5 * abs(e) for e in effects])
     _, _, (arrow,), (label,) = drawn(**SHORT)
-    assert (arrow.arrowwidth, label.text) == (1, "+0.00")
+    assert (arrow.line.width, label.text) == (1, "+0.00")
 
 
 @pytest.mark.parametrize("edges", [EDGES[:-1], DENSE])
 def test_arrows_lead_from_box_to_box_and_cross_none(edges):
-    fig, boxes, arrows, _ = drawn(edges=edges)
-    for (sender, receiver, *_), line, arrow in zip(edges, fig.data, arrows, strict=True):
-        start, end = boxes[sender], boxes[receiver]
-        assert len(line.x) == 2 * (HEIGHT[receiver] - HEIGHT[sender])  # two corners a row
-        assert start.x0 < line.x[0] < start.x1 and line.y[0] == start.y1
-        assert end.x0 < arrow.x < end.x1 and arrow.y == end.y0
-        path = np.array([[*line.x, arrow.x], [*line.y, arrow.y]])  # [xy corner]
-        for a, b in itertools.pairwise(path.T):
+    _, boxes, arrows, _ = drawn(edges=edges)
+    for (sender, receiver, *_), arrow in zip(edges, arrows, strict=True):
+        start, end, path = boxes[sender], boxes[receiver], np.stack([arrow.x, arrow.y], axis=1)
+        assert len(path) == 2 * (HEIGHT[receiver] - HEIGHT[sender])  # two corners a row
+        assert start.x0 < path[0, 0] < start.x1 and path[0, 1] == start.y1
+        assert end.x0 < path[-1, 0] < end.x1 and path[-1, 1] == end.y0
+        assert arrow.marker.symbol == "arrow" and np.flatnonzero(arrow.marker.size) == len(path) - 1
+        for a, b in itertools.pairwise(path):
             x, y = np.linspace(a, b, 51).T
             for box in boxes.values():
                 inside = (box.x0 < x) & (x < box.x1) & (box.y0 + 1 < y) & (y < box.y1 - 1)

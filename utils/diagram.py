@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import plotly.graph_objects as go
 
 from utils.plotting import COLOURS, PNG_WIDTH
@@ -16,7 +15,6 @@ from utils.plotting import COLOURS, PNG_WIDTH
 END = "logits"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
 GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
-LABEL = (66, 17)  # room for the label of an arrow
 
 Roles = Mapping[str, Sequence[object]]
 
@@ -52,8 +50,6 @@ def circuit_diagram(
     rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[END].row + 1)]
     height = _place(rows)
     chains = [_chain(boxes[sender], boxes[receiver], rows) for sender, receiver, *_ in edges]
-    passing = [place for chain in chains for place in chain[1:-1]]
-    rows = [row + [place for place in passing if place.row == i] for i, row in enumerate(rows)]
     _place([sorted(row, key=lambda box: box.x) for row in rows])
 
     fig = go.Figure()
@@ -67,7 +63,7 @@ def circuit_diagram(
     fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
     size = dict(width=PNG_WIDTH, height=height + 82, margin=dict(l=0, r=0, b=0, t=82))
-    return fig.update_layout(title_text=title, **size)
+    return fig.update_layout(title_text=title, showlegend=False, **size)
 
 
 def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
@@ -117,10 +113,13 @@ def _place(rows: list[list[Box]]) -> float:
 
 
 def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
-    """The two boxes and a place in each row between, on the straight line from one to the other."""
+    """The two boxes and, added to each row between, a place on the straight line that joins them."""
     slope = (end.x - start.x) / (end.low - start.low)
-    heights = [(i, rows[i][0].low - start.low) for i in range(start.row + 1, end.row)]
-    return [start, *(Box(i, x=start.x + slope * height) for i, height in heights), end]
+    chain = [start]
+    for row in rows[start.row + 1 : end.row]:
+        chain.append(Box(row[0].row, x=start.x + slope * (row[0].low - start.low)))
+        row.append(chain[-1])
+    return [*chain, end]
 
 
 def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
@@ -136,22 +135,19 @@ def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
 def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]) -> None:
     largest = max((abs(effect) for _, _, effect, *_ in edges), default=0) or 1
     ports = zip(_ports(chains, 0, 1), _ports(chains, -1, -2), strict=True)
-    labels: list[np.ndarray] = []
-    for (_, _, effect, *_), chain, (start, end) in zip(edges, chains, ports, strict=True):
-        x = [start, *(place.x for place in chain[1:-1] for _ in ("in", "out")), end]
-        y = [y for box in chain for y in (box.low, box.high)][1:-1]
-        path = np.array([x, y]).T  # [corner xy]
-        width, colour = 1 + 5 * abs(effect) / largest, RAISES if effect > 0 else LOWERS
-        # The head has the last half stretch; all before is a line, which bends without gaps.
-        (ax, ay), tip = (path[-2] + path[-1]) / 2, dict(x=x[-1], y=y[-1], axref="x", ayref="y")
-        head = dict(arrowhead=2, arrowsize=max(0.5, 1.6 / width**0.5), arrowcolor=colour, text="")
-        fig.add_annotation(ax=ax, ay=ay, arrowwidth=width, **tip, **head)
-        line = np.vstack([path[:-1], 0.45 * path[-2] + 0.55 * path[-1]])
-        look = dict(line=dict(width=width, color=colour), hoverinfo="skip", showlegend=False)
-        fig.add_scatter(x=line[:, 0], y=line[:, 1], mode="lines", **look)
-        spots = [path[0] + t * (path[1] - path[0]) for t in (0.45, 0.7, 0.22)]
-        free = (s for s in spots if all((abs(s - other) > LABEL).any() for other in labels))
-        labels.append(next(free, spots[0]))
-    for (_, _, effect, *via), (x, y) in zip(edges, labels, strict=True):  # over all arrows
+    for (_, _, effect, *via), chain, (x0, x1) in zip(edges, chains, ports, strict=True):
+        first, *between, last = chain
+        path = [(place.x, y) for place in between for y in (place.low, place.high)]
+        path = [(x0, first.high), *path, (x1, last.low)]
+        line = dict(width=1 + 5 * abs(effect) / largest, color=RAISES if effect > 0 else LOWERS)
+        sizes = [0] * (len(path) - 1) + [10 + 3 * line["width"]]  # a head at the end
+        head = dict(symbol="arrow", angleref="previous", size=sizes, opacity=1, line_width=0)
+        x, y = zip(*path, strict=True)
+        fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
+        # on the first stretch, where no other label stands
+        spots = [(x[0] + t * (x[1] - x[0]), y[0] + t * (y[1] - y[0])) for t in (0.45, 0.7, 0.22)]
+        taken = [(note.x, note.y) for note in fig.layout.annotations]
+        free = (s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken))
+        x, y = next(free, spots[0])
         text = " ".join([*via, f"{effect:+.2f}"]).strip().replace("-", "−")
         fig.add_annotation(x=x, y=y, text=text, showarrow=False, bgcolor="white", font_size=12)
