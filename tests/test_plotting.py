@@ -8,6 +8,12 @@ from utils import plotting
 
 TITLE = dict(title="t")
 LINES = dict(title="t", x_label="step", y_label="loss (nats)")
+BARS = dict(title="t", y_label="loss")
+AXES = dict(title="t", x_label="p", y_label="q")
+MEAN, STDERR = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.1, 0.2, 0.3])
+SAMPLES = MEAN + STDERR * torch.tensor([[-1.0], [1.0]])  # [prompt x], of that mean and error
+X, Y = torch.tensor([0.0, 0.1, 0.0, 5.0]), torch.tensor([0.0, 0.1, 0.1, 4.0])
+PATTERN = torch.tensor([[[1.0, 0.0], [0.4567, 0.5433]]])  # [head dest src]
 
 
 def test_heatmap_keeps_values_labels_and_order():
@@ -47,26 +53,6 @@ def test_several_heatmaps_share_one_scale():
     assert {trace.coloraxis for trace in fig.data} == {"coloraxis"}
     assert [a.text for a in fig.layout.annotations] == ["q", "k"]
     assert fig.layout.coloraxis.cmax == 4
-
-
-@pytest.mark.parametrize(
-    ("values", "labels", "text"),
-    [
-        (torch.zeros(3), {}, r"values: got shape \[3\]"),
-        (torch.zeros(0, 3), {}, "non-empty"),
-        ({}, {}, "values: want maps of one shape"),
-        ({"a": torch.zeros(2, 2), "b": torch.zeros(2, 3)}, {}, "want maps of one shape"),
-        (torch.zeros(2, 3), {"x": ["a"]}, "x: got 1 entries, want 3"),
-        (torch.zeros(2, 3), {"y": ["a"]}, "y: got 1 entries, want 2"),
-    ],
-)
-def test_heatmap_refuses(values, labels, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.heatmap(values, **TITLE, **labels)
-
-
-MEAN, STDERR = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.1, 0.2, 0.3])
-SAMPLES = MEAN + STDERR * torch.tensor([[-1.0], [1.0]])  # [prompt x], of that mean and error
 
 
 @pytest.mark.parametrize("series", [(MEAN, STDERR), (MEAN.tolist(), STDERR.tolist()), SAMPLES])
@@ -109,25 +95,6 @@ def test_panels_share_x_and_colours_and_have_a_legend_each():
     assert len(fig.layout.shapes) == 2  # the marker crosses both panels
 
 
-@pytest.mark.parametrize(
-    ("series", "text"),
-    [
-        ({}, "series: got none"),
-        ({"a": [1.0]}, "a: got 1 entries, want 2"),
-        ({"a": torch.zeros(2, 3)}, "a: got 3 entries, want 2"),
-        ({"a": torch.zeros(2, 2, 2)}, r"a: got shape \[2, 2, 2\]"),
-        ({"a": (torch.zeros(2, 2), [0.1, 0.1])}, r"a: got shape \[2, 2\]"),
-        ({"a": ([1.0, 2.0], [0.1])}, "stderr of a: got 1 entries, want 2"),
-    ],
-)
-def test_lines_refuse(series, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.lines([0, 1], series, **LINES)
-
-
-BARS = dict(title="t", y_label="loss")
-
-
 def test_bars_single_and_grouped():
     values, baseline = torch.tensor([1.0, 2.0]), (4.0, "first copy")
     fig = plotting.bars(["none", "zero"], values, [0.1, float("nan")], baseline=baseline, **BARS)
@@ -146,17 +113,6 @@ def test_bars_of_samples_are_their_mean_and_error():
     assert np.allclose(bar.y, MEAN) and np.allclose(bar.error_y.array, STDERR)
 
 
-def test_bars_refuse():
-    with pytest.raises(ValueError, match="values: got 1 entries, want 2"):
-        plotting.bars(["a", "b"], [1.0], **BARS)
-    with pytest.raises(ValueError, match="errors: "):
-        plotting.bars(["a"], {"s": [1.0]}, errors=[0.1], **BARS)
-
-
-AXES = dict(title="t", x_label="p", y_label="q")
-X, Y = torch.tensor([0.0, 0.1, 0.0, 5.0]), torch.tensor([0.0, 0.1, 0.1, 4.0])
-
-
 def test_scatter_labels_the_farthest_points():
     fig = plotting.scatter(X, Y, names="abcd", label_top=1, diagonal=True, **AXES)
     points, diagonal = fig.data
@@ -171,22 +127,6 @@ def test_scatter_of_scores_names_the_heads():
     assert list(points.hovertext) == ["L0H0", "L0H1", "L1H0", "L1H1"]
     assert list(points.text) == ["", "", "", "L1H1"]
     assert np.allclose(points.x, X) and np.allclose(points.y, Y)
-
-
-@pytest.mark.parametrize(
-    ("y", "names", "text"),
-    [
-        (Y[:3], None, r"y: got shape \[3\], want that of x, \[4\]"),
-        (Y.view(2, 2), None, r"y: got shape \[2, 2\]"),
-        (Y, ["a"], "names: got 1 entries, want 4"),
-    ],
-)
-def test_scatter_refuses(y, names, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.scatter(X, y, names=names, **AXES)
-
-
-PATTERN = torch.tensor([[[1.0, 0.0], [0.4567, 0.5433]]])
 
 
 @pytest.mark.parametrize("static", ["0", "1"])
@@ -205,18 +145,37 @@ def test_attention_is_light_and_with_a_picture_only_when_static(monkeypatch, sta
         assert len(html) > 500_000 and not pictures
 
 
-@pytest.mark.parametrize(
-    ("tokens", "names", "text"),
-    [
-        (["a"], None, r"patterns: got \[1, 2, 2\], want \[head 1 1\]"),
-        (["a", "b"], ["x", "y"], "names: got 2 entries, want 1"),
-    ],
-)
-def test_attention_refuses(tokens, names, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.attention(tokens, PATTERN, names)
-
-
 def test_figures_are_light():
     fig = plotting.head_heatmap({n: torch.rand(30, 9) for n in "abc"}, title="t")
     assert len(fig.to_json()) < 12_000
+
+
+Z = torch.zeros
+REFUSED = [
+    (plotting.heatmap, [Z(3)], TITLE, r"values: got shape \[3\]"),
+    (plotting.heatmap, [Z(0, 3)], TITLE, "non-empty"),
+    (plotting.heatmap, [{}], TITLE, "values: want maps of one shape"),
+    (plotting.heatmap, [{"a": Z(2, 2), "b": Z(2, 3)}], TITLE, "want maps of one shape"),
+    (plotting.heatmap, [{"a": Z(2, 2), "b": Z(2)}], TITLE, r"values b: got shape \[2\]"),
+    (plotting.heatmap, [Z(2, 3)], TITLE | dict(x=["a"]), "x: got 1 entries, want 3"),
+    (plotting.heatmap, [Z(2, 3)], TITLE | dict(y=["a"]), "y: got 1 entries, want 2"),
+    (plotting.lines, [[0, 1], {}], LINES, "series: got none"),
+    (plotting.lines, [[0, 1], {"a": [1.0]}], LINES, "a: got 1 entries, want 2"),
+    (plotting.lines, [[0, 1], {"a": Z(2, 3)}], LINES, "a: got 3 entries, want 2"),
+    (plotting.lines, [[0, 1], {"a": Z(2, 2, 2)}], LINES, r"a: got shape \[2, 2, 2\]"),
+    (plotting.lines, [[0, 1], {"a": (Z(2, 2), Z(2))}], LINES, r"a: got shape \[2, 2\]"),
+    (plotting.lines, [[0, 1], {"a": (Z(2), Z(1))}], LINES, "stderr of a: got 1 entries, want 2"),
+    (plotting.bars, ["ab", [1.0]], BARS, "values: got 1 entries, want 2"),
+    (plotting.bars, ["a", {"s": [1.0]}, [0.1]], BARS, "errors: "),
+    (plotting.scatter, [X, Y[:3]], AXES, r"y: got shape \[3\], want that of x, \[4\]"),
+    (plotting.scatter, [X, Y.view(2, 2)], AXES, r"y: got shape \[2, 2\]"),
+    (plotting.scatter, [X, Y], AXES | dict(names=["a"]), "names: got 1 entries, want 4"),
+    (plotting.attention, ["a", PATTERN], {}, r"patterns: got \[1, 2, 2\], want \[head 1 1\]"),
+    (plotting.attention, ["ab", PATTERN, "xy"], {}, "names: got 2 entries, want 1"),
+]
+
+
+@pytest.mark.parametrize(("function", "given", "options", "message"), REFUSED)
+def test_bad_input_is_named(function, given, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(*given, **options)

@@ -113,7 +113,7 @@ def _place(rows: list[list[Box]]) -> float:
 
 
 def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
-    """The two boxes and, added to each row between, a place on the straight line that joins them."""
+    """The two boxes and a new place in each row between, on the straight line that joins them."""
     slope = (end.x - start.x) / (end.low - start.low)
     chain = [start]
     for row in rows[start.row + 1 : end.row]:
