@@ -13,8 +13,6 @@ A series of lines or bars is y, or (y, stderr), or samples [prompt x]: these are
 over prompts with its standard error.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -90,11 +88,10 @@ def heatmap(
     finite = stack[np.isfinite(stack)]
     high = limit or float((abs(finite) if diverging else finite).max(initial=0)) or 1.0
     scale = dict(zmin=-high if diverging else float(finite.min(initial=0)), zmax=high)
-    scale["color_continuous_scale"] = "RdBu_r" if diverging else "Blues"
+    colours = "RdBu_r" if diverging else "Blues"
+    look = dict(color_continuous_scale=colours, aspect="auto", facet_col_spacing=0.04, **scale)
     labels = dict(x=x_label, y=y_label, color=value_label)
-    fig = px.imshow(
-        stack, facet_col=0, facet_col_spacing=0.04, aspect="auto", labels=labels, **scale
-    )
+    fig = px.imshow(stack, facet_col=0, labels=labels, **look)
     place = f"{y_label or 'row'}: %{{y}}<br>{x_label or 'column'}: %{{x}}"
     fig.update_traces(texttemplate="%{z:.2f}" if n_rows * n_cols <= 40 else None)
     fig.update_traces(hovertemplate=f"{place}<br>{value_label}: %{{z:.3f}}<extra></extra>")
