@@ -8,21 +8,20 @@ from utils import plotting
 
 TITLE = dict(title="t")
 LINES = dict(title="t", x_label="step", y_label="loss (nats)")
+BARS = dict(title="t", y_label="loss")
+AXES = dict(title="t", x_label="p", y_label="q")
+MEAN, STDERR = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.1, 0.2, 0.3])
+SAMPLES = MEAN + STDERR * torch.tensor([[-1.0], [1.0]])  # [prompt x], of that mean and error
+X, Y = torch.tensor([0.0, 0.1, 0.0, 5.0]), torch.tensor([0.0, 0.1, 0.1, 4.0])
+PATTERN = torch.tensor([[[1.0, 0.0], [0.4567, 0.5433]]])  # [head dest src]
 
 
 def test_heatmap_keeps_values_labels_and_order():
     values = torch.tensor([[0.0, 0.5, 1.0], [0.25, -0.0, 2.0]])
-    fig = plotting.heatmap(
-        values,
-        title="Scores",
-        x=["a", "a", "<b>"],
-        y=[3, 4],
-        x_label="token",
-        y_label="layer",
-        value_label="score",
-    )
+    names = dict(x_label="token", y_label="layer", value_label="score")
+    fig = plotting.heatmap(values, x=["a", "a", "<b>"], y=[3, 4], **TITLE, **names)
     assert np.allclose(fig.data[0].z, values)
-    assert fig.layout.title.text == "Scores"
+    assert fig.layout.title.text == "t"
     assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("token", "layer")
     assert fig.layout.xaxis.ticktext == ("a", "a", "&lt;b>")  # a repeated token stays two columns
     assert fig.layout.yaxis.ticktext == ("3", "4")
@@ -31,20 +30,20 @@ def test_heatmap_keeps_values_labels_and_order():
     assert fig.layout.coloraxis.colorbar.title.text == "score"
 
 
-def test_diverging_scale_is_centred_and_sequential_starts_at_zero():
-    values = torch.tensor([[0.2, -0.7], [0.1, 0.0]])
-    axis = plotting.heatmap(values, diverging=True, **TITLE).layout.coloraxis
-    assert (axis.cmin, axis.cmax) == pytest.approx((-0.7, 0.7))
-    axis = plotting.heatmap(values.abs(), **TITLE).layout.coloraxis
-    assert (axis.cmin, axis.cmax) == pytest.approx((0.0, 0.7))
-    axis = plotting.heatmap(values.abs(), limit=1.0, **TITLE).layout.coloraxis
-    assert (axis.cmin, axis.cmax) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("fill", [0.0, float("nan")])
-def test_heatmap_of_nothing_still_has_a_scale(fill):
-    axis = plotting.heatmap(torch.full((2, 2), fill), diverging=True, **TITLE).layout.coloraxis
-    assert (axis.cmin, axis.cmax) == (-1.0, 1.0)
+@pytest.mark.parametrize(
+    ("values", "options", "ends"),
+    [
+        ([[0.2, -0.7], [0.1, 0.0]], dict(diverging=True), (-0.7, 0.7)),
+        ([[0.2, 0.7], [0.1, float("nan")]], {}, (0.0, 0.7)),
+        ([[0.2, -0.7], [0.1, 0.0]], {}, (-0.7, 0.2)),
+        ([[0.2, 0.7], [0.1, 0.0]], dict(limit=1), (0.0, 1.0)),
+        ([[0.0, 0.0], [0.0, 0.0]], dict(diverging=True), (-1.0, 1.0)),
+        ([[float("nan")]], dict(diverging=True), (-1.0, 1.0)),
+    ],
+)
+def test_scale_is_centred_when_diverging_and_starts_at_zero_when_not(values, options, ends):
+    axis = plotting.heatmap(torch.tensor(values), **TITLE, **options).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == pytest.approx(ends)
 
 
 def test_several_heatmaps_share_one_scale():
@@ -56,41 +55,26 @@ def test_several_heatmaps_share_one_scale():
     assert fig.layout.coloraxis.cmax == 4
 
 
-@pytest.mark.parametrize(
-    ("values", "labels", "text"),
-    [
-        (torch.zeros(3), {}, r"values: got shape \[3\]"),
-        (torch.zeros(0, 3), {}, "non-empty"),
-        ({}, {}, "empty dict"),
-        ({"a": torch.zeros(2, 2), "b": torch.zeros(2, 3)}, {}, "want one shape"),
-        (torch.zeros(2, 3), {"x": ["a"]}, "x: got 1 entries, want 3"),
-        (torch.zeros(2, 3), {"y": ["a"]}, "y: got 1 entries, want 2"),
-    ],
-)
-def test_heatmap_refuses(values, labels, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.heatmap(values, **TITLE, **labels)
-
-
-def test_lines_with_bands_and_marker():
-    x, y, stderr = [0, 1, 2], torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.1, 0.2, 0.3])
-    series = {"two layers": (y, stderr), "one layer": y + 1}
-    fig = plotting.lines(x, series, marker=(1, "drop"), **LINES)
+@pytest.mark.parametrize("series", [(MEAN, STDERR), (MEAN.tolist(), STDERR.tolist()), SAMPLES])
+def test_lines_with_bands_and_marker(series):
+    fig = plotting.lines([0, 1, 2], {"two": series, "one": MEAN + 1}, marker=(1, "drop"), **LINES)
     band, two, one = fig.data
     assert np.allclose(band.y, [3.1, 2.2, 1.3, 0.7, 1.8, 2.9])
     assert list(band.x) == [0, 1, 2, 2, 1, 0]
-    assert (two.name, list(two.y)) == ("two layers", [3, 2, 1])
-    assert (one.name, list(one.y)) == ("one layer", [4, 3, 2])
+    assert (two.name, list(two.y)) == ("two", pytest.approx([3, 2, 1]))
+    assert (one.name, list(one.y)) == ("one", [4, 3, 2])
     assert fig.layout.shapes[0].x0 == 1
     assert fig.layout.annotations[0].text == "drop"
-    assert "one standard error" in fig.layout.title.text
+    assert "one standard error" in fig.layout.title.subtitle.text
     assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("step", "loss (nats)")
 
 
-def test_one_line_has_no_legend_and_no_note():
-    fig = plotting.lines([0, 1], {"loss": [1, 2]}, **LINES)
-    assert not fig.data[0].showlegend
-    assert fig.layout.title.text == "t"
+@pytest.mark.parametrize("y", [[1, 2], torch.tensor([[1.0, 2.0]])])
+def test_one_line_or_one_sample_has_no_legend_no_band_and_no_note(y):
+    fig = plotting.lines([0, 1], {"loss": y}, **LINES)
+    assert [list(trace.y) for trace in fig.data] == [[1, 2]]
+    assert not fig.layout.showlegend
+    assert not fig.layout.title.subtitle.text
 
 
 def test_styles_stay_apart_for_eleven_lines():
@@ -98,12 +82,12 @@ def test_styles_stay_apart_for_eleven_lines():
     assert len({(t.line.color, t.line.dash) for t in fig.data}) == 11
 
 
-def test_panels_share_x_and_name_a_line_once():
+def test_panels_share_x_and_colours_and_have_a_legend_each():
     a, b = {"two": [1.0, 2.0], "one": [2.0, 2.0]}, {"two": [0.0, 1.0], "L1H0": [0.5, 0.5]}
-    fig = plotting.panels(
-        [0, 50], {"loss": a, "score": b}, title="t", x_label="step", marker=(50, "drop")
-    )
-    assert [t.name for t in fig.data if t.showlegend] == ["two", "one", "L1H0"]
+    panels, marker = {"loss": a, "score": b}, (50, "drop")
+    fig = plotting.panels([0, 50], panels, title="t", x_label="step", marker=marker)
+    assert [t.name for t in fig.data if t.legend == "legend2"] == ["two", "L1H0"]
+    assert fig.layout.showlegend and fig.layout.legend.y > fig.layout.legend2.y
     assert fig.data[0].line.color == fig.data[2].line.color
     assert fig.layout.xaxis.matches == "x2"
     assert (fig.layout.yaxis.title.text, fig.layout.yaxis2.title.text) == ("loss", "score")
@@ -111,120 +95,87 @@ def test_panels_share_x_and_name_a_line_once():
     assert len(fig.layout.shapes) == 2  # the marker crosses both panels
 
 
-@pytest.mark.parametrize(
-    ("series", "text"),
-    [
-        ({}, "series: got none"),
-        ({"a": [1.0]}, "a: got 1 entries, want 2"),
-        ({"a": torch.zeros(2, 2)}, r"a: got shape \[2, 2\]"),
-        ({"a": ([1.0, 2.0], [0.1])}, "stderr of a: got 1 entries, want 2"),
-    ],
-)
-def test_lines_refuse(series, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.lines([0, 1], series, **LINES)
-
-
 def test_bars_single_and_grouped():
-    fig = plotting.bars(
-        ["none", "zero"],
-        torch.tensor([1.0, 2.0]),
-        errors=[0.1, 0.2],
-        title="t",
-        y_label="loss",
-        baseline=(4.0, "first copy"),
-    )
+    values, baseline = torch.tensor([1.0, 2.0]), (4.0, "first copy")
+    fig = plotting.bars(["none", "zero"], values, [0.1, float("nan")], baseline=baseline, **BARS)
     assert (list(fig.data[0].x), list(fig.data[0].y)) == (["none", "zero"], [1, 2])
-    assert list(fig.data[0].error_y.array) == [0.1, 0.2]
+    assert list(fig.data[0].error_y.array) == [0.1, 0.0]  # an undefined error draws no bar
     assert fig.layout.annotations[0].text == "first copy"
-    fig = plotting.bars([1, 2], {"a": [1, 2], "b": ([3, 4], [0.1, 0.1])}, title="t", y_label="l")
-    assert [(t.name, t.showlegend) for t in fig.data] == [("a", True), ("b", True)]
+    assert fig.layout.title.subtitle.text == "error bars: ± one standard error"
+    fig = plotting.bars([1, 2], {"a": [1, 2], "b": ([3, 4], [0.1, 0.1])}, **BARS)
+    assert [t.name for t in fig.data] == ["a", "b"]
     assert fig.data[0].error_y.array is None
     assert fig.layout.xaxis.type == "category"
 
 
-def test_bars_say_what_their_errors_are():
-    bars = {"names": ["a"], "values": [1.0], "errors": [0.1], "title": "t", "y_label": "l"}
-    assert "error bars: ± one standard error" in plotting.bars(**bars).layout.title.text
-    text = plotting.bars(**bars, error_label="spread over pairs").layout.title.text
-    assert "error bars: spread over pairs" in text
-
-
-def test_bars_refuse():
-    with pytest.raises(ValueError, match="values: got 1 entries, want 2"):
-        plotting.bars(["a", "b"], [1.0], title="t", y_label="l")
-    with pytest.raises(ValueError, match="errors: "):
-        plotting.bars(["a"], {"s": [1.0]}, errors=[0.1], title="t", y_label="l")
-
-
-def test_an_undefined_standard_error_draws_no_bar():
-    fig = plotting.bars(["a"], [1.0], errors=[float("nan")], title="t", y_label="l")
-    assert list(fig.data[0].error_y.array) == [0.0]
+def test_bars_of_samples_are_their_mean_and_error():
+    (bar,) = plotting.bars("abc", SAMPLES, **BARS).data
+    assert np.allclose(bar.y, MEAN) and np.allclose(bar.error_y.array, STDERR)
 
 
 def test_scatter_labels_the_farthest_points():
-    x, y = torch.tensor([0.0, 0.1, 0.0, 5.0]), torch.tensor([0.0, 0.1, 0.1, 4.0])
-    fig = plotting.scatter(
-        x,
-        y,
-        names=["a", "b", "c", "d"],
-        title="t",
-        x_label="p",
-        y_label="q",
-        label_top=1,
-        diagonal=True,
-    )
-    diagonal, points = fig.data
+    fig = plotting.scatter(X, Y, names="abcd", label_top=1, diagonal=True, **AXES)
+    points, diagonal = fig.data
     assert list(diagonal.x) == list(diagonal.y) == [0, 5]
-    assert points.text == ("", "", "", "d")
-    assert points.hovertext == ("a", "b", "c", "d")
-    with pytest.raises(ValueError, match="y: got 3 entries, want 4"):
-        plotting.scatter(x, y[:3], title="t", x_label="p", y_label="q")
-    with pytest.raises(ValueError, match="names: got 1 entries, want 4"):
-        plotting.scatter(x, y, names=["a"], title="t", x_label="p", y_label="q")
+    assert list(points.text) == ["", "", "", "d"]
+    assert list(points.hovertext) == ["a", "b", "c", "d"]
+    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("p", "q")
 
 
-PATTERN = torch.tensor([[[1.0, 0.0], [0.4567, 0.5433]]])
+def test_scatter_of_scores_names_the_heads():
+    (points,) = plotting.scatter(X.view(2, 2), Y.view(2, 2), label_top=1, **AXES).data
+    assert list(points.hovertext) == ["L0H0", "L0H1", "L1H0", "L1H1"]
+    assert list(points.text) == ["", "", "", "L1H1"]
+    assert np.allclose(points.x, X) and np.allclose(points.y, Y)
 
 
-def test_attention_is_light_only_when_static(monkeypatch):
-    view = plotting.attention(["<s>", " a"], PATTERN, names=["L5H5"])
-    monkeypatch.delenv("MECH_INTERP_STATIC", raising=False)
-    full = view._repr_html_()
-    monkeypatch.setenv("MECH_INTERP_STATIC", "1")
-    light = view._repr_html_()
-    assert len(full) > 500_000 > 5_000 > len(light)
-    for html in (full, light):
-        assert "0.457" in html
-        assert "0.4567" not in html
-        assert "L5H5" in html
-    assert np.allclose(view.still.data[0].z, PATTERN[0])
-
-
-def test_attention_shows_a_picture_only_when_static(monkeypatch):
-    view, shown = plotting.attention(["a", "b"], PATTERN), []
-    monkeypatch.setattr("IPython.display.display", lambda item: shown.append("html"))
-    monkeypatch.setattr(view.still, "show", lambda: shown.append("picture"))
-    monkeypatch.delenv("MECH_INTERP_STATIC", raising=False)
-    view._ipython_display_()
-    assert shown == ["html"]
-    monkeypatch.setenv("MECH_INTERP_STATIC", "1")
-    view._ipython_display_()
-    assert shown == ["html", "html", "picture"]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "names", "text"),
-    [
-        (["a"], None, r"patterns: got \[1, 2, 2\], want \[head 1 1\]"),
-        (["a", "b"], ["x", "y"], "names: got 2 entries, want 1"),
-    ],
-)
-def test_attention_refuses(tokens, names, text):
-    with pytest.raises(ValueError, match=text):
-        plotting.attention(tokens, PATTERN, names)
+@pytest.mark.parametrize("static", ["0", "1"])
+def test_attention_is_light_and_with_a_picture_only_when_static(monkeypatch, static):
+    shown, pictures = [], []
+    monkeypatch.setattr("IPython.display.display", lambda item: shown.append(item.data))
+    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda fig: pictures.append(fig))
+    monkeypatch.setenv("MECH_INTERP_STATIC", static)
+    plotting.attention(["<s>", " a"], PATTERN, names=["L5H5"])
+    (html,) = shown
+    assert "0.457" in html and "0.4567" not in html and "L5H5" in html
+    if static == "1":
+        assert len(html) < 5_000
+        assert np.allclose(pictures[0].data[0].z, PATTERN[0])
+    else:
+        assert len(html) > 500_000 and not pictures
 
 
 def test_figures_are_light():
     fig = plotting.head_heatmap({n: torch.rand(30, 9) for n in "abc"}, title="t")
     assert len(fig.to_json()) < 12_000
+
+
+Z = torch.zeros
+REFUSED = [
+    (plotting.heatmap, [Z(3)], TITLE, r"values: got shape \[3\]"),
+    (plotting.heatmap, [Z(0, 3)], TITLE, "non-empty"),
+    (plotting.heatmap, [{}], TITLE, "values: want maps of one shape"),
+    (plotting.heatmap, [{"a": Z(2, 2), "b": Z(2, 3)}], TITLE, "want maps of one shape"),
+    (plotting.heatmap, [{"a": Z(2, 2), "b": Z(2)}], TITLE, r"values b: got shape \[2\]"),
+    (plotting.heatmap, [Z(2, 3)], TITLE | dict(x=["a"]), "x: got 1 entries, want 3"),
+    (plotting.heatmap, [Z(2, 3)], TITLE | dict(y=["a"]), "y: got 1 entries, want 2"),
+    (plotting.lines, [[0, 1], {}], LINES, "series: got none"),
+    (plotting.lines, [[0, 1], {"a": [1.0]}], LINES, "a: got 1 entries, want 2"),
+    (plotting.lines, [[0, 1], {"a": Z(2, 3)}], LINES, "a: got 3 entries, want 2"),
+    (plotting.lines, [[0, 1], {"a": Z(2, 2, 2)}], LINES, r"a: got shape \[2, 2, 2\]"),
+    (plotting.lines, [[0, 1], {"a": (Z(2, 2), Z(2))}], LINES, r"a: got shape \[2, 2\]"),
+    (plotting.lines, [[0, 1], {"a": (Z(2), Z(1))}], LINES, "stderr of a: got 1 entries, want 2"),
+    (plotting.bars, ["ab", [1.0]], BARS, "values: got 1 entries, want 2"),
+    (plotting.bars, ["a", {"s": [1.0]}, [0.1]], BARS, "errors: "),
+    (plotting.scatter, [X, Y[:3]], AXES, r"y: got shape \[3\], want that of x, \[4\]"),
+    (plotting.scatter, [X, Y.view(2, 2)], AXES, r"y: got shape \[2, 2\]"),
+    (plotting.scatter, [X, Y], AXES | dict(names=["a"]), "names: got 1 entries, want 4"),
+    (plotting.attention, ["a", PATTERN], {}, r"patterns: got \[1, 2, 2\], want \[head 1 1\]"),
+    (plotting.attention, ["ab", PATTERN, "xy"], {}, "names: got 2 entries, want 1"),
+]
+
+
+@pytest.mark.parametrize(("function", "given", "options", "message"), REFUSED)
+def test_bad_input_is_named(function, given, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(*given, **options)

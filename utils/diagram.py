@@ -1,66 +1,39 @@
-"""Diagram of a circuit: roles as boxes with their heads inside, arrows by size of effect."""
+"""Diagram of a circuit: roles as boxes with their heads inside, arrows by size of effect.
 
-from __future__ import annotations
+Boxes stand in rows by level. An arrow that skips a row gets a place of its own there, a box without
+width: so it never crosses a box, for each stretch of it lies between two rows or in its place.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.plot_style import COLOURS, PNG_WIDTH, finish
+from utils.plotting import COLOURS, PNG_WIDTH
 
 END = "logits"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
-MARGIN, ROW_GAP, BOX_GAP = 40, 84, 30  # pixels, as everything below
-LINE, PADDING = 18, 9
-TITLE_CHAR, HEAD_CHAR = 7.6, 7.4
-MAX_PER_LINE = 6
+GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
 
-
-class Edge(NamedTuple):
-    """An arrow: from one role to another (or "logits"), its effect, and the input it acts on."""
-
-    sender: str
-    receiver: str
-    effect: float
-    via: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.via} {self.effect:+.2f}".strip().replace("-", "−")
+Roles = Mapping[str, Sequence[object]]
 
 
 @dataclass
 class Box:
-    """A role's place in the figure: level, lines of text, centre and size in pixels."""
+    """A role with its heads, or the place of a passing arrow; sizes and edges in pixels."""
 
-    name: str
-    level: int
-    title: list[str]
-    heads: list[str]
-    x: float = 0.0
-    y: float = 0.0
-    width: float = 0.0
-
-    @property
-    def height(self) -> float:
-        return LINE * (len(self.title) + len(self.heads)) + 2 * PADDING
-
-    @property
-    def text(self) -> str:
-        return "<br>".join([f"<b>{line}</b>" for line in self.title] + self.heads)
+    row: int
+    text: str = ""
+    width: float = 0
+    height: float = 0
+    x: float = 0  # of its middle
+    low: float = 0
+    high: float = 0
 
 
 def circuit_diagram(
-    roles: Mapping[str, Sequence[object]],
-    edges: Sequence[tuple],
-    *,
-    levels: Mapping[str, int],
-    title: str,
-    note: str = "",
+    roles: Roles, edges: Sequence[tuple], *, levels: Mapping[str, int], title: str
 ) -> go.Figure:
     """Roles as boxes with their heads inside, early at the bottom, arrows as wide as their effect.
 
@@ -71,178 +44,110 @@ def circuit_diagram(
     ValueError: no role with heads, a role without a level, an arrow from or to no role, or one that
     does not go up.
     """
-    edges = [Edge(*edge) for edge in edges]
     _check(roles, edges, levels)
-    rows = _rows({name: heads for name, heads in roles.items() if len(heads)}, levels)
+    boxes = _boxes({name: heads for name, heads in roles.items() if len(heads)}, levels)
+    edges = [edge for edge in edges if edge[0] in boxes and edge[1] in boxes]
+    rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[END].row + 1)]
     height = _place(rows)
-    boxes = {box.name: box for row in rows for box in row}
-    edges = [e for e in edges if e.sender in boxes and e.receiver in boxes]
+    chains = [_chain(boxes[sender], boxes[receiver], rows) for sender, receiver, *_ in edges]
+    _place([sorted(row, key=lambda box: box.x) for row in rows])
 
     fig = go.Figure()
-    _draw_edges(fig, edges, _paths(edges, boxes, rows))
+    _draw_arrows(fig, edges, chains)
     for i, box in enumerate(boxes.values()):
-        colour = "#404040" if box.name == END else COLOURS[i % len(COLOURS)]
-        _draw_box(fig, box, colour)
+        colour = "#404040" if box is boxes[END] else COLOURS[i % len(COLOURS)]
+        corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
+        look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
+        fig.add_shape(type="rect", label_text=box.text, **corners, **look)
     # a pixel is a unit: boxes fit their text, which does not stretch
     fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
-    finish(fig, title, PNG_WIDTH, note)
-    top = fig.layout.margin.t
-    return fig.update_layout(width=PNG_WIDTH, height=height + top, margin=dict(l=0, r=0, b=0))
+    size = dict(width=PNG_WIDTH, height=height + 82, margin=dict(l=0, r=0, b=0, t=82))
+    return fig.update_layout(title_text=title, showlegend=False, **size)
 
 
-def _check(roles: Mapping, edges: Sequence[Edge], levels: Mapping[str, int]) -> None:
+def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
     if END in roles:
         raise ValueError(f"roles: {END!r} is the box at the top, give it no heads")
     if not any(len(heads) for heads in roles.values()):
         raise ValueError("roles: got no role with heads, want at least one")
     if missing := [name for name in roles if name not in levels]:
         raise ValueError(f"levels: got none for {', '.join(missing)}")
-    for edge in edges:
-        if edge.sender not in roles or edge.receiver not in (*roles, END):
-            raise ValueError(f"edges: {edge.sender!r} to {edge.receiver!r} names no role")
-        if edge.receiver != END and levels[edge.receiver] <= levels[edge.sender]:
-            raise ValueError(
-                f"edges: {edge.sender!r} to {edge.receiver!r} must go to a higher level, "
-                f"got {levels[edge.sender]} to {levels[edge.receiver]}"
-            )
+    for sender, receiver, *_ in edges:
+        arrow = f"edges: {sender!r} to {receiver!r}"
+        if sender not in roles or receiver not in (*roles, END):
+            raise ValueError(f"{arrow} names no role")
+        if receiver != END and levels[receiver] <= levels[sender]:
+            got = f"{levels[sender]} to {levels[receiver]}"
+            raise ValueError(f"{arrow} must go to a higher level, got {got}")
 
 
-def _rows(roles: Mapping[str, Sequence[object]], levels: Mapping[str, int]) -> list[list[Box]]:
-    """Boxes level by level from the bottom, with text that fits side by side; logits last."""
-    rows = []
-    for level in sorted({levels[name] for name in roles}):
-        names = [name for name in roles if levels[name] == level]
-        room = (PNG_WIDTH - 2 * MARGIN - BOX_GAP * (len(names) - 1)) / len(names) - 2 * PADDING
-        rows.append([_box(name, roles[name], len(rows), room) for name in names])
-    return [*rows, [_box(END, [], len(rows), PNG_WIDTH)]]
-
-
-def _box(name: str, heads: Sequence[object], level: int, room: float) -> Box:
-    title = textwrap.wrap(name.replace("_", " "), max(8, int(room / TITLE_CHAR)))
-    words = [str(head) for head in heads]
-    longest = max((len(word) for word in words), default=0) + 2
-    fits = max(1, min(MAX_PER_LINE, int(room / (longest * HEAD_CHAR))))
-    per_line = -(-len(words) // -(-len(words) // fits)) if words else 1  # lines of equal length
-    cut = [words[i : i + per_line] for i in range(0, len(words), per_line)]
-    lines = ["  ".join(line) for line in cut]
-    text = [TITLE_CHAR * len(line) for line in title] + [HEAD_CHAR * len(line) for line in lines]
-    return Box(name, level, title, lines, width=max(110, max(text) + 2 * PADDING))
+def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
+    """Boxes from the lowest row to the logits, with text wrapped so that a row fits the page."""
+    used = sorted({levels[name] for name in roles})
+    boxes = {}
+    for name in sorted(roles, key=levels.get):
+        beside = sum(levels[other] == levels[name] for other in roles)
+        room = max(8, int(((PNG_WIDTH - GAP) / beside - 2 * GAP) / LETTER))  # letters in a line
+        header = textwrap.wrap(name.replace("_", " "), room)
+        heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 40))
+        text = "<br>".join([*(f"<b>{line}</b>" for line in header), *heads])
+        width = max(110, LETTER * max(map(len, header + heads)) + LINE)
+        height = LINE * (len(header + heads) + 1)
+        boxes[name] = Box(used.index(levels[name]), text, width, height)
+    return boxes | {END: Box(len(used), f"<b>{END}</b>", 110, 2 * LINE)}
 
 
 def _place(rows: list[list[Box]]) -> float:
-    """Set each box's centre; returns the height of all rows."""
-    y = MARGIN / 2
+    """Spread each row over the page, its boxes of one height; returns the height of all rows."""
+    low = GAP
     for row in rows:
-        tall = max(box.height for box in row)
-        spare = PNG_WIDTH - 2 * MARGIN - sum(box.width for box in row)
-        gap = max(spare / (len(row) + 1), 0)
-        x = MARGIN + gap
+        height = max(box.height for box in row)
+        gap = (PNG_WIDTH - sum(box.width for box in row)) / (len(row) + 1)
+        left = gap
         for box in row:
-            box.x, box.y = x + box.width / 2, y + tall / 2
-            x += box.width + gap
-        y += tall + ROW_GAP
-    return y - ROW_GAP + MARGIN / 2
+            box.x, box.low, box.high = left + box.width / 2, low, low + height
+            left += box.width + gap
+        low += height + ROW_GAP
+    return low - ROW_GAP + GAP
 
 
-def _paths(
-    edges: Sequence[Edge], boxes: Mapping[str, Box], rows: list[list[Box]]
-) -> list[list[tuple[float, float]]]:
-    """Corners of each arrow: it leaves at the top, enters at the bottom, passes between boxes."""
-    middles, used = [], {}
-    for edge in edges:
-        start, end = boxes[edge.sender], boxes[edge.receiver]
-        corners = []
-        for row in rows[start.level + 1 : end.level]:
-            straight = start.x + (end.x - start.x) * (row[0].y - start.y) / (end.y - start.y)
-            gap = min(_gaps(row), key=lambda x: abs(x - straight))
-            used[gap, row[0].y] = n = used.get((gap, row[0].y), -1) + 1
-            x = gap + 12 * (n // 2 + n % 2) * (-1) ** n  # beside those already there
-            half = max(box.height for box in row) / 2
-            corners += [(x, row[0].y - half), (x, row[0].y + half)]
-        middles.append(corners)
-
-    def ends(box: Box, mine: list[int], nearest: list[float]) -> dict[int, float]:
-        """Where the arrows touch the box, from left to right as they go on."""
-        ordered = [i for _, i in sorted(zip(nearest, mine, strict=True))]
-        step = box.width / (len(ordered) + 1)
-        return {i: box.x - box.width / 2 + step * (n + 1) for n, i in enumerate(ordered)}
-
-    out, into = {}, {}
-    for box in boxes.values():
-        sent = [i for i, e in enumerate(edges) if e.sender == box.name]
-        goes = [middles[i][0][0] if middles[i] else boxes[edges[i].receiver].x for i in sent]
-        out |= ends(box, sent, goes)
-        got = [i for i, e in enumerate(edges) if e.receiver == box.name]
-        comes = [middles[i][-1][0] if middles[i] else boxes[edges[i].sender].x for i in got]
-        into |= ends(box, got, comes)
-    paths = []
-    for i, edge in enumerate(edges):
-        start, end = boxes[edge.sender], boxes[edge.receiver]
-        first = (out[i], start.y + start.height / 2)
-        paths.append([first, *middles[i], (into[i], end.y - end.height / 2)])
-    return paths
+def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
+    """The two boxes and a new place in each row between, on the straight line that joins them."""
+    slope = (end.x - start.x) / (end.low - start.low)
+    chain = [start]
+    for row in rows[start.row + 1 : end.row]:
+        chain.append(Box(row[0].row, x=start.x + slope * (row[0].low - start.low)))
+        row.append(chain[-1])
+    return [*chain, end]
 
 
-def _gaps(row: list[Box]) -> list[float]:
-    """x between the boxes of a row, and to the left and right of them."""
-    inner = [(a.x + a.width / 2 + b.x - b.width / 2) / 2 for a, b in pairwise(row)]
-    left, right = row[0].x - row[0].width / 2, row[-1].x + row[-1].width / 2
-    return [max(left - 22, 8), *inner, min(right + 22, PNG_WIDTH - 8)]
+def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
+    """x where each arrow touches its box `at` one end: in the order in which they go on."""
+    ports = []
+    for i, chain in enumerate(chains):
+        same = [j for j, other in enumerate(chains) if other[at] is chain[at]]
+        rank = sorted(same, key=lambda j: chains[j][towards].x).index(i) + 1
+        ports.append(chain[at].x + chain[at].width * (rank / (len(same) + 1) - 0.5))
+    return ports
 
 
-def _draw_edges(
-    fig: go.Figure, edges: Sequence[Edge], paths: list[list[tuple[float, float]]]
-) -> None:
-    largest = max((abs(e.effect) for e in edges), default=0) or 1
-    placed: list[tuple[float, float]] = []
-    for edge, path in zip(edges, paths, strict=True):
-        colour = RAISES if edge.effect > 0 else LOWERS
-        width = 1 + 5 * abs(edge.effect) / largest
-        (ax, ay), (x, y) = path[-2:]
-        if len(path) > 2:  # as far as the last stretch, so that the joint has no gap
-            corners = [*path[:-1], ((ax + x) / 2, (ay + y) / 2)]
-            line = "M " + " L ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-            fig.add_shape(type="path", path=line, line=dict(color=colour, width=width))
-        arrow = dict(showarrow=True, arrowcolor=colour, arrowwidth=width, arrowhead=2)
-        size = max(0.5, 1.6 / width**0.5)
-        place = dict(x=x, y=y, ax=ax, ay=ay, axref="x", ayref="y", text="")
-        fig.add_annotation(**place, **arrow, arrowsize=size)
-        placed.append(_label_place(path, placed))
-    for edge, (x, y) in zip(edges, placed, strict=True):  # over all arrows
-        fig.add_annotation(
-            x=x,
-            y=y,
-            text=edge.label,
-            showarrow=False,
-            font=dict(size=12),
-            bgcolor="white",
-            borderpad=1,
-        )
-
-
-def _label_place(
-    path: list[tuple[float, float]], placed: list[tuple[float, float]]
-) -> tuple[float, float]:
-    """A point on the arrow's first stretch where no other label stands, else its middle."""
-    (x0, y0), (x1, y1) = path[:2]
-    spots = [(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in (0.45, 0.7, 0.22)]
-    free = (s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in placed))
-    return next(free, spots[0])
-
-
-def _draw_box(fig: go.Figure, box: Box, colour: str) -> None:
-    half = box.width / 2, box.height / 2
-    r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    # white below the tint, so that no arrow shows through
-    for fill in ("white", f"rgba({r},{g},{b},0.14)"):
-        fig.add_shape(
-            type="rect",
-            x0=box.x - half[0],
-            x1=box.x + half[0],
-            y0=box.y - half[1],
-            y1=box.y + half[1],
-            line=dict(color=colour, width=1.5),
-            fillcolor=fill,
-        )
-    fig.add_annotation(x=box.x, y=box.y, text=box.text, showarrow=False, align="center")
+def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]) -> None:
+    largest = max((abs(effect) for _, _, effect, *_ in edges), default=0) or 1
+    ports = zip(_ports(chains, 0, 1), _ports(chains, -1, -2), strict=True)
+    for (_, _, effect, *via), chain, (x0, x1) in zip(edges, chains, ports, strict=True):
+        first, *between, last = chain
+        path = [(place.x, y) for place in between for y in (place.low, place.high)]
+        path = [(x0, first.high), *path, (x1, last.low)]
+        line = dict(width=1 + 5 * abs(effect) / largest, color=RAISES if effect > 0 else LOWERS)
+        sizes = [0] * (len(path) - 1) + [10 + 3 * line["width"]]  # a head at the end
+        head = dict(symbol="arrow", angleref="previous", size=sizes, opacity=1, line_width=0)
+        x, y = zip(*path, strict=True)
+        fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
+        # on the first stretch, where no other label stands
+        spots = [(x[0] + t * (x[1] - x[0]), y[0] + t * (y[1] - y[0])) for t in (0.45, 0.7, 0.22)]
+        taken = [(note.x, note.y) for note in fig.layout.annotations]
+        free = (s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken))
+        x, y = next(free, spots[0])
+        text = " ".join([*via, f"{effect:+.2f}"]).strip().replace("-", "−")
+        fig.add_annotation(x=x, y=y, text=text, showarrow=False, bgcolor="white", font_size=12)

@@ -1,60 +1,68 @@
 """Figures with one look: plotly heat maps, lines, bars, scatters; circuitsvis attention.
 
-Every function takes torch tensors (or lists), returns a plotly Figure and draws nothing by itself:
-leave it as the last expression of a cell, or call `.show()`.
+Every function takes torch tensors (or lists) and returns a plotly Figure: leave it as the last
+expression of a cell, or call `.show()`. (`attention` shows its view by itself.)
 
-    plotting.head_heatmap(scores, title="Induction score", value_label="score")
     plotting.head_heatmap({"queries": q, "keys": k}, title="Patching effect", diverging=True)
-    plotting.heatmap(effect, title="...", x=token_labels, x_label="position", y_label="layer",
-                     value_label="normalised effect", diverging=True)
-    plotting.lines(steps, {"two layers": (mean, stderr), "one layer": other}, title="Loss",
-                   x_label="step", y_label="loss (nats)", marker=(450, "sharpest drop"))
-    plotting.panels(steps, {"loss (nats)": {...}, "prefix matching": {...}}, title="...",
-                    x_label="step", marker=(450, "sharpest drop"))
-    plotting.bars(["none", "zero", "mean"], loss, errors=stderr, title="...", y_label="loss (nats)")
-    plotting.bars(k, {"induction heads": (mean, stderr), "random heads": (mean, stderr)}, ...)
-    plotting.scatter(stripe, prefix, names=labels, title="...", x_label="...", y_label="...")
+    plotting.lines(positions, {"loss": loss}, title="...", x_label="token", y_label="loss (nats)")
+    plotting.bars(["none", "zero", "mean"], losses, title="...", y_label="loss (nats)")
+    plotting.scatter(stripe, prefix, title="...", x_label="...", y_label="...", label_top=5)
     plotting.attention(model.to_str_tokens(text), patterns, names=["L5H5", "L6H9"])
 
-Diverging maps are centred at zero (red above, blue below), sequential ones start at zero. The line
-colours (Okabe and Ito) stay apart for colour-blind readers, and lines also differ by dash.
+A series of lines or bars is y, or (y, stderr), or samples [prompt x]: these are drawn as their mean
+over prompts with its standard error.
 """
 
-from __future__ import annotations
-
+import math
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import plotly.express as px
 import plotly.graph_objects as go
+import plotly.io as pio
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from utils.plot_style import (
-    COLOURS,
-    DIVERGING,
-    ERROR_NOTE,
-    SEQUENTIAL,
-    Numbers,
-    Series,
-    as_array,
-    band,
-    check_length,
-    finish,
-    limits,
-    line_style,
-    ticks,
-    with_error,
+# Okabe and Ito's colours stay apart for colour-blind readers; lines also differ by dash.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#404040"]
+DASHES = ["solid", "dash", "dot", "dashdot"]
+MARK = dict(color="#444", dash="dash", width=1)
+AXIS = dict(gridcolor="#e6e6e6", linecolor="#888", ticks="outside", automargin=True)
+AXIS |= dict(zeroline=False, title_standoff=8)
+# A template of our own is a few hundred bytes; plotly's default adds 7 KB to every stored figure.
+pio.templates["replication"] = go.layout.Template(
+    layout=dict(
+        font=dict(family="Helvetica, Arial, sans-serif", size=13, color="#222"),
+        title=dict(x=0.02, xanchor="left", font_size=17, subtitle_font=dict(size=12, color="#666")),
+        colorway=COLOURS,
+        margin=dict(l=70, r=30, t=82, b=60),
+        xaxis=AXIS,
+        yaxis=AXIS,
+        coloraxis_colorbar=dict(title_side="right", thickness=14, tickformat="~g"),
+        bargap=0.3,
+        hoverlabel_namelength=-1,
+    ),
+    data=dict(heatmap=[dict(xgap=0.5, ygap=0.5)]),
 )
+pio.templates.default = "replication"
+PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
+pio.renderers["png"].width = PNG_WIDTH
+
+Numbers = Tensor | np.ndarray | Sequence[float]
+Series = Mapping[str, Numbers | tuple[Numbers, Numbers]]
+Mark = tuple[float, str] | None
+Names = Sequence[str | float]
+Map = Float[Tensor, "row col"]
 
 
 def heatmap(
-    values: Float[Tensor, "row col"] | Mapping[str, Float[Tensor, "row col"]],
+    values: Map | Mapping[str, Map],
     *,
     title: str,
-    x: Sequence[str | float] | None = None,
-    y: Sequence[str | float] | None = None,
+    x: Names | None = None,
+    y: Names | None = None,
     x_label: str = "",
     y_label: str = "",
     value_label: str = "value",
@@ -64,198 +72,126 @@ def heatmap(
     """Heat map, or several of one shape side by side (dict of name to values) on one colour scale.
 
     `x` and `y` label the columns and rows; row 0 is at the top. The scale runs over -limit..limit
-    when `diverging`, else from zero (or the smallest value, if negative) to limit; the default
-    limit is the largest size found. Maps of up to 40 cells also print their values.
-    Raises ValueError for values that are not 2-d, empty, of unequal shapes, or labels that miss
-    a row or column.
+    (red above zero, blue below) when `diverging`, else from zero (or the smallest value, if
+    negative) to limit; the default limit is the largest found. Maps of up to 40 cells also print
+    their values. Raises ValueError for values that are not 2-d, empty, of unequal shapes, or labels
+    that miss a row or column.
     """
     maps = values if isinstance(values, Mapping) else {"": values}
-    maps = {name: as_array(v, 2, f"values {name}".strip()) for name, v in maps.items()}
-    if not maps:
-        raise ValueError("values: got an empty dict, want at least one map")
-    shape = next(iter(maps.values())).shape
-    if any(v.shape != shape for v in maps.values()):
-        raise ValueError(f"values: want one shape, got {[v.shape for v in maps.values()]}")
-    check_length("x", x, shape[1], "columns")
-    check_length("y", y, shape[0], "rows")
-
-    low, high = limits(np.stack(list(maps.values())), diverging, limit)
-    fig = make_subplots(
-        cols=len(maps),
-        subplot_titles=list(maps) if len(maps) > 1 else None,
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-    )
-    hover = f"{y_label or 'row'}: %{{y}}<br>{x_label or 'column'}: %{{x}}"
-    for col, v in enumerate(maps.values(), start=1):
-        trace = go.Heatmap(
-            z=v.astype(np.float32),
-            coloraxis="coloraxis",
-            xgap=0.5,
-            ygap=0.5,
-            texttemplate="%{z:.2f}" if v.size <= 40 else None,
-            hovertemplate=hover + f"<br>{value_label}: %{{z:.3f}}<extra></extra>",
-        )
-        fig.add_trace(trace, row=1, col=col)
-        fig.update_xaxes(title=x_label, **ticks(x, shape[1], 900 // (22 * len(maps))), col=col)
-    fig.update_yaxes(autorange="reversed", showgrid=False, **ticks(y, shape[0], 40))
-    fig.update_xaxes(showgrid=False)
-    fig.update_yaxes(title=y_label, col=1)
-    for col in range(2, len(maps) + 1):
-        fig.update_yaxes(ticks="", col=col)
-    colours = dict(cmin=low, cmax=high, colorscale=DIVERGING if diverging else SEQUENTIAL)
-    bar = dict(title=dict(text=value_label, side="right"), thickness=14, tickformat="~g")
-    fig.update_layout(coloraxis=dict(colorbar=bar, **colours))
-    return finish(fig, title, height=min(720, max(300, 17 * shape[0] + 170)))
+    arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
+    if len({a.shape for a in arrays}) != 1:
+        raise ValueError(f"values: want maps of one shape, got {[a.shape for a in arrays]}")
+    stack = np.stack(arrays).astype(np.float32)  # [map row col]
+    n_maps, n_rows, n_cols = stack.shape
+    _check_length("x", x, n_cols, "columns")
+    _check_length("y", y, n_rows, "rows")
+    finite = stack[np.isfinite(stack)]
+    high = limit or float((abs(finite) if diverging else finite).max(initial=0)) or 1.0
+    scale = dict(zmin=-high if diverging else float(finite.min(initial=0)), zmax=high)
+    colours = "RdBu_r" if diverging else "Blues"
+    look = dict(color_continuous_scale=colours, aspect="auto", facet_col_spacing=0.04, **scale)
+    labels = dict(x=x_label, y=y_label, color=value_label)
+    fig = px.imshow(stack, facet_col=0, labels=labels, **look)
+    place = f"{y_label or 'row'}: %{{y}}<br>{x_label or 'column'}: %{{x}}"
+    fig.update_traces(texttemplate="%{z:.2f}" if n_rows * n_cols <= 40 else None)
+    fig.update_traces(hovertemplate=f"{place}<br>{value_label}: %{{z:.3f}}<extra></extra>")
+    for heading, name in zip(fig.layout.annotations, maps, strict=True):
+        heading.update(text=name, font_size=16)
+    fig.update_xaxes(showgrid=False, **_ticks(x, n_cols, PNG_WIDTH // (22 * n_maps)))
+    fig.update_yaxes(showgrid=False, **_ticks(y, n_rows, 40))
+    fig.update_yaxes(ticks="", selector=dict(showticklabels=False))
+    return fig.update_layout(title_text=title, height=min(720, max(300, 17 * n_rows + 170)))
 
 
 def head_heatmap(
-    values: Float[Tensor, "layer head"] | Mapping[str, Float[Tensor, "layer head"]],
-    *,
-    title: str,
-    value_label: str = "score",
-    diverging: bool = False,
-    limit: float | None = None,
-    head_label: str = "head",
+    values: Map | Mapping[str, Map], *, value_label="score", head_label="head", **options
 ) -> go.Figure:
-    """Heat map of layers by heads, or several side by side (dict); colours as in `heatmap`."""
-    return heatmap(
-        values,
-        title=title,
-        x_label=head_label,
-        y_label="layer",
-        value_label=value_label,
-        diverging=diverging,
-        limit=limit,
-    )
+    """Heat map [layer head], or several side by side; `options` are those of `heatmap`."""
+    labels = dict(x_label=head_label, y_label="layer", value_label=value_label)
+    return heatmap(values, **labels, **options)
 
 
-def lines(
-    x: Numbers,
-    series: Series,
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    marker: tuple[float, str] | None = None,
-) -> go.Figure:
-    """Lines over one x axis; each series is y, or (y, stderr) for a band of one standard error.
+def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
+    """Lines over one x axis, shaded by one standard error where it is known.
 
-    `marker` = (x, text) draws a vertical dashed line. Raises ValueError for series that are not
-    1-d or not as long as `x`.
+    `options` (title, x_label, marker) and errors are those of `panels`.
     """
-    return panels(x, {y_label: series}, title=title, x_label=x_label, marker=marker)
+    return panels(x, {y_label: series}, **options)
 
 
 def panels(
-    x: Numbers,
-    panels: Mapping[str, Series],
-    *,
-    title: str,
-    x_label: str,
-    marker: tuple[float, str] | None = None,
+    x: Numbers, panels: Mapping[str, Series], *, title: str, x_label: str, marker: Mark = None
 ) -> go.Figure:
-    """Line plots stacked over one x axis: dict of y label to series (as in `lines`).
+    """Line plots stacked over one x axis: dict of y label to series, each panel with its legend.
 
-    A name has the same colour in every panel and stands in the legend of the first that has it.
-    Raises ValueError as `lines` does.
+    A name has the same colour in every panel. `marker` = (x, text) draws a vertical dashed line.
+    Raises ValueError for no series, or one that does not have a value for each x.
     """
-    x = as_array(x, 1, "x")
+    x = _array(x, "x", 1)
     if not panels or not all(panels.values()):
         raise ValueError("series: got none, want at least one in each panel")
-    parsed = {
-        label: {n: with_error(s, n, len(x)) for n, s in series.items()}
-        for label, series in panels.items()
-    }
-    names = list(dict.fromkeys(n for series in parsed.values() for n in series))
-    fig = make_subplots(rows=len(parsed), shared_xaxes=True, vertical_spacing=0.06)
-    seen: set[str] = set()
-    for row, (label, series) in enumerate(parsed.items(), start=1):
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    note = ""
+    fig = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.06)
+    for row, (label, series) in enumerate(panels.items(), start=1):
         legend = f"legend{row}" if row > 1 else "legend"
-        top = next(fig.select_yaxes(row=row)).domain[1]
-        fig.update_layout({legend: dict(y=top, yanchor="top")})
-        for name, (y, stderr) in series.items():
-            style = line_style(names.index(name))
+        top = fig.get_subplot(row, 1).yaxis.domain[1]
+        fig.update_layout({legend: dict(y=top, yanchor="top")}, showlegend=len(names) > 1)
+        fig.update_yaxes(title=label, row=row)
+        for name, values in series.items():
+            y, stderr = _with_error(values, name, len(x))
+            turn, i = divmod(names.index(name), len(COLOURS))
             if stderr is not None:
-                fig.add_trace(band(x, y, stderr, style["color"]), row=row, col=1)
-            line = go.Scatter(
-                x=x,
-                y=y,
-                name=name,
-                legend=legend,
-                mode="lines",
-                line=dict(width=2, **style),
-                showlegend=len(names) > 1 and name not in seen,
-                hovertemplate=f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}<extra>{name}</extra>",
-            )
-            fig.add_trace(line, row=row, col=1)
-            seen.add(name)
-        fig.update_yaxes(title=label, row=row, col=1)
+                note = "shaded: ± one standard error"
+                area = dict(x=[*x, *x[::-1]], y=[*(y + stderr), *(y - stderr)[::-1]], mode="none")
+                look = dict(fill="toself", fillcolor=f"{COLOURS[i]}33", hoverinfo="skip")
+                fig.add_scatter(**area, **look, showlegend=False, row=row, col=1)
+            line = dict(width=2, color=COLOURS[i], dash=DASHES[(i + turn) % len(DASHES)])
+            hover = f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}<extra>{name}</extra>"
+            look = dict(mode="lines", line=line, legend=legend, hovertemplate=hover)
+            fig.add_scatter(x=x, y=y, name=name, row=row, col=1, **look)
+    fig.update_xaxes(title=x_label, row=len(panels))
     if marker is not None:
         at, text = marker
-        fig.add_vline(x=at, line=dict(color="#444", dash="dash", width=1), row="all", col=1)
-        fig.add_annotation(
-            x=at,
-            y=1,
-            yref="y domain",
-            text=text,
-            showarrow=False,
-            yanchor="bottom",
-            xanchor="left" if at < (x.min() + x.max()) / 2 else "right",
-            row=1,
-            col=1,
-        )
-    fig.update_xaxes(title=x_label, row=len(parsed), col=1)
-    banded = any(stderr is not None for s in parsed.values() for _, stderr in s.values())
-    height = 420 if len(parsed) == 1 else 130 + 190 * len(parsed)
-    return finish(fig, title, height, note=f"shaded: {ERROR_NOTE}" if banded else "")
+        side = "left" if at < (x.min() + x.max()) / 2 else "right"
+        above = dict(x=at, y=1, yref="y domain", yanchor="bottom", xanchor=side)
+        fig.add_vline(at, line=MARK, row="all", col=1)
+        fig.add_annotation(text=text, showarrow=False, **above)
+    height = 420 if len(panels) == 1 else 130 + 190 * len(panels)
+    return fig.update_layout(title=dict(text=title, subtitle_text=note), height=height)
 
 
 def bars(
-    names: Sequence[str | float],
+    names: Names,
     values: Numbers | Series,
     errors: Numbers | None = None,
     *,
     title: str,
     y_label: str,
     x_label: str = "",
-    baseline: tuple[float, str] | None = None,
-    error_label: str = ERROR_NOTE,
+    baseline: Mark = None,
 ) -> go.Figure:
-    """Bars with optional error bars; a dict of series (y or (y, stderr)) gives grouped bars.
+    """Bars with error bars where the standard error is known; a dict of series is drawn in groups.
 
-    `baseline` = (y, text) draws a horizontal dashed line; `error_label` says what the error bars
-    are. Raises ValueError for lengths that differ from `names`.
+    `baseline` = (y, text) draws a horizontal dashed line. Raises ValueError for lengths that differ
+    from `names`.
     """
     if not isinstance(values, Mapping):
         values = {"": values if errors is None else (values, errors)}
     elif errors is not None:
         raise ValueError("errors: with a dict of series, give each series as (values, stderr)")
-    labels = [str(n) for n in names]
-    fig = go.Figure()
-    has_errors = False
-    for i, (name, s) in enumerate(values.items()):
-        y, stderr = with_error(s, name or "values", len(labels))
-        has_errors |= stderr is not None
-        fig.add_bar(
-            x=labels,
-            y=y,
-            name=name,
-            marker_color=line_style(i)["color"],
-            showlegend=len(values) > 1,
-            error_y=None if stderr is None else dict(array=stderr, thickness=1.5, color="#333"),
-            hovertemplate=f"%{{x}}<br>{y_label}: %{{y:.3f}}<extra>{name}</extra>",
-        )
+    fig, note, names = go.Figure(), "", [str(name) for name in names]
+    for name, series in values.items():
+        y, stderr = _with_error(series, name or "values", len(names))
+        hover = f"%{{x}}<br>{y_label}: %{{y:.3f}}<extra>{name}</extra>"
+        errors = dict(array=stderr, thickness=1.5, color="#333")
+        fig.add_bar(x=names, y=y, error_y=errors, name=name, hovertemplate=hover)
+        note = note if stderr is None else "error bars: ± one standard error"
     if baseline is not None:
-        fig.add_hline(
-            y=baseline[0],
-            line=dict(color="#444", dash="dash", width=1),
-            annotation=dict(text=baseline[1], xanchor="right"),
-        )
+        fig.add_hline(baseline[0], line=MARK, annotation=dict(text=baseline[1], xanchor="right"))
     fig.update_xaxes(title=x_label, type="category")
     fig.update_yaxes(title=y_label, zeroline=True, zerolinecolor="#888")
-    fig.update_layout(barmode="group", bargap=0.3)
-    return finish(fig, title, 420, note=f"error bars: {error_label}" if has_errors else "")
+    return fig.update_layout(title=dict(text=title, subtitle_text=note), height=420)
 
 
 def scatter(
@@ -265,101 +201,102 @@ def scatter(
     title: str,
     x_label: str,
     y_label: str,
-    names: Sequence[str] | None = None,
+    names: Names | None = None,
     diagonal: bool = False,
     label_top: int = 0,
 ) -> go.Figure:
     """Scatter of x against y; `names` show on hover, and beside the `label_top` farthest points.
 
-    `diagonal` draws y = x. Raises ValueError for lengths that differ.
+    Scores [layer head] need no names: their points are heads. `diagonal` draws y = x. Raises
+    ValueError for shapes that differ.
     """
-    x, y = as_array(x, 1, "x"), as_array(y, 1, "y")
-    check_length("y", y, len(x), "points")
-    check_length("names", names, len(x), "points")
-    names = [str(n) for n in names] if names is not None else [""] * len(x)
-    fig = go.Figure()
-    if diagonal:
-        low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
-        fig.add_scatter(
-            x=[low, high],
-            y=[low, high],
-            mode="lines",
-            name="y = x",
-            hoverinfo="skip",
-            line=dict(color="#999", dash="dash", width=1),
-        )
+    x, y = _array(x, "x", 1, 2), _array(y, "y", 1, 2)
+    if x.shape != y.shape:
+        raise ValueError(f"y: got shape {list(y.shape)}, want that of x, {list(x.shape)}")
+    _check_length("names", names, x.size, "points")
+    if names is None and x.ndim == 2:
+        names = [f"L{layer}H{head}" for layer, head in np.ndindex(x.shape)]
+    names = [""] * x.size if names is None else [str(name) for name in names]
+    x, y = x.ravel(), y.ravel()
     # Far from the middle in either axis, each measured in its own spread.
     far = sum(((v - np.median(v)) / (v.std() or 1)) ** 2 for v in (x, y))
-    positions = ["top center", "middle left", "bottom center", "middle right"]
-    labelled = set(np.argsort(-far)[:label_top].tolist())
-    shown = [n if i in labelled else "" for i, n in enumerate(names)]
-    fig.add_scatter(
-        x=x,
-        y=y,
-        mode="markers+text",
-        text=shown,
-        hovertext=names,
-        showlegend=False,
-        textposition=[positions[i % 4] for i in range(len(x))],
-        cliponaxis=False,
-        marker=dict(size=8, color=COLOURS[0], opacity=0.7, line=dict(width=0.5, color="white")),
-        hovertemplate=f"%{{hovertext}}<br>{x_label}: %{{x:.3f}}<br>{y_label}: %{{y:.3f}}"
-        "<extra></extra>",
-    )
-    fig.update_xaxes(title=x_label)
-    fig.update_yaxes(title=y_label)
-    return finish(fig, title, 480)
-
-
-class Attention:
-    """Interactive attention view; with MECH_INTERP_STATIC=1 a light one and its still picture."""
-
-    def __init__(self, interactive: object, still: go.Figure):
-        self.interactive, self.still = interactive, still
-
-    def _repr_html_(self) -> str:
-        # The local form carries circuitsvis' script (1.3 MB) and needs no network.
-        return self.interactive.cdn_src if _static() else self.interactive.local_src
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import HTML, display
-
-        display(HTML(self._repr_html_()))
-        if _static():  # GitHub strips the script, so it shows the picture instead
-            self.still.show()
+    top = set(np.argsort(-far)[:label_top].tolist())
+    shown = [name if i in top else "" for i, name in enumerate(names)]
+    labels = dict(x=x_label, y=y_label)
+    fig = px.scatter(x=x, y=y, text=shown, hover_name=names, labels=labels, render_mode="svg")
+    hover = f"%{{hovertext}}<br>{x_label}: %{{x:.3f}}<br>{y_label}: %{{y:.3f}}<extra></extra>"
+    sides = ["top center", "middle left", "bottom center", "middle right"]
+    sides = [sides[i % 4] for i in range(len(x))]
+    dots = dict(size=8, opacity=0.7, line=dict(width=0.5, color="white"))
+    fig.update_traces(hovertemplate=hover, textposition=sides, cliponaxis=False, marker=dots)
+    if diagonal:
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        line = dict(mode="lines", line=MARK | dict(color="#999"), zorder=-1, hoverinfo="skip")
+        fig.add_scatter(x=ends, y=ends, name="y = x", showlegend=True, **line)
+    return fig.update_layout(title_text=title, height=480)
 
 
 def attention(
-    tokens: Sequence[str],
-    patterns: Float[Tensor, "head dest src"],
-    names: Sequence[str] | None = None,
-) -> Attention:
-    """Attention of some heads on one text (circuitsvis): hover over a token, choose a head.
+    tokens: Names, patterns: Float[Tensor, "head dest src"], names: Names | None = None
+) -> None:
+    """Show some heads' attention on one text (circuitsvis): hover over a token, choose a head.
 
-    Raises ValueError when tokens, patterns and names do not fit together.
+    With MECH_INTERP_STATIC=1 it is a light view and a still picture. Raises ValueError when tokens,
+    patterns and names do not fit together.
     """
     from circuitsvis.attention import attention_heads
+    from IPython.display import HTML, display
 
-    p = as_array(patterns, 3, "patterns")
+    p, n = _array(patterns, "patterns", 3), len(tokens)
+    if p.shape[1:] != (n, n):
+        raise ValueError(f"patterns: got {list(p.shape)}, want [head {n} {n}] for {n} tokens")
+    _check_length("names", names, len(p), "heads")
     tokens = [str(t) for t in tokens]
     names = [f"head {i}" for i in range(len(p))] if names is None else [str(n) for n in names]
-    if p.shape[1:] != (len(tokens), len(tokens)):
-        want = f"[head {len(tokens)} {len(tokens)}]"
-        raise ValueError(f"patterns: got {list(p.shape)}, want {want} for {len(tokens)} tokens")
-    check_length("names", names, len(p), "heads")
-    interactive = attention_heads(p.round(3).tolist(), tokens, attention_head_names=names)
-    still = heatmap(
-        dict(zip(names, p, strict=True)),
-        title="Attention (still picture of the view above)",
-        x=tokens,
-        y=tokens,
-        x_label="source",
-        y_label="destination",
-        value_label="attention",
-        limit=1.0,
-    )
-    return Attention(interactive, still)
+    view = attention_heads(p.round(3).tolist(), tokens, attention_head_names=names)
+    static = os.environ.get("MECH_INTERP_STATIC") == "1"
+    # The local form carries circuitsvis' script (1.3 MB) and needs no network.
+    display(HTML(view.cdn_src if static else view.local_src))
+    if static:  # GitHub strips the script, so a picture follows
+        title = "Attention (still picture of the view above)"
+        words = dict(x_label="source", y_label="destination", value_label="attention", title=title)
+        heatmap(dict(zip(names, p, strict=True)), x=tokens, y=tokens, limit=1, **words).show()
 
 
-def _static() -> bool:
-    return os.environ.get("MECH_INTERP_STATIC") == "1"
+def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:
+    """The values as float64; ValueError naming `name` unless their dimensions are among `ndims`."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim not in ndims or array.size == 0:
+        want = " or ".join(map(str, ndims))
+        raise ValueError(f"{name}: got shape {list(array.shape)}, want {want} non-empty dimensions")
+    return array
+
+
+def _check_length(name: str, items: Sequence | None, want: int, of: str) -> None:
+    if items is not None and len(items) != want:
+        raise ValueError(f"{name}: got {len(items)} entries, want {want} (the number of {of})")
+
+
+def _with_error(series: object, name: str, n: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """A series (see the top of this file) as (y, stderr or None), of `n` values each."""
+    if isinstance(series, tuple):
+        y, stderr = _array(series[0], name, 1), _array(series[1], f"stderr of {name}", 1)
+    else:
+        y, stderr = _array(series, name, 1, 2), None
+    if y.ndim == 2:  # [prompt x]
+        stderr = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else None
+        y = y.mean(0)
+    _check_length(name, y, n, "x values")
+    _check_length(f"stderr of {name}", stderr, n, "x values")
+    return y, None if stderr is None else np.nan_to_num(stderr)  # one sample has no error
+
+
+def _ticks(labels: Sequence | None, n: int, room: int) -> dict:
+    """Ticks at whole positions; labels may repeat (tokens do), so they are text, not categories."""
+    step = math.ceil(n / max(room, 1))
+    if labels is None:
+        return dict(dtick=step)
+    text = [str(label).replace("\n", "\\n").replace("<", "&lt;") for label in labels[::step]]
+    return dict(tickvals=list(range(0, n, step)), ticktext=text)
