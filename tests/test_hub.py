@@ -21,6 +21,7 @@ from utils.models.hub import hub_reachable
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSING = "http://127.0.0.1:1"  # nobody listens there
 FROM_HUB = {"X-Repo-Commit": COMMIT}
 
 
@@ -82,24 +83,20 @@ def a_hub(folder, asked):
     return serving(answer)
 
 
+def address(listener):
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 @contextlib.contextmanager
 def silent(connects):
     """An address that never answers: it takes the connection, or drops even its first packet."""
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(5 if connects else 0)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=5 * connects))
         for _ in range(0 if connects else 8):  # a full queue: the kernel drops what else comes
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def closed_port():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+        yield address(listener)
 
 
 @pytest.fixture
@@ -123,18 +120,15 @@ def ask(monkeypatch):
     hub_reachable.cache_clear()
 
 
-def test_a_hub_that_answers_is_asked_once(ask, random_gpt2_folder):
-    asked = []
-    with a_hub(random_gpt2_folder, asked) as endpoint:
-        assert ask(endpoint) is True
-        assert hub_reachable() is True
-    assert len(asked) == 1
-    assert hub_reachable() is True  # although nobody answers any more
-
-
-def test_a_hub_that_has_no_gpt2_is_a_hub(ask):
-    with always(404, {"X-Error-Code": "RepoNotFound"}) as endpoint:
-        assert ask(endpoint) is True
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_is_asked_once_and_in_offline_mode_never(
+    ask, monkeypatch, random_gpt2_folder, offline
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with a_hub(random_gpt2_folder, asked := []) as endpoint:
+        assert ask(endpoint) is not offline
+    assert hub_reachable() is not offline  # although nobody is there any more
+    assert len(asked) == (not offline)
 
 
 def test_a_redirect_of_the_hub_is_followed(ask):
@@ -144,7 +138,7 @@ def test_a_redirect_of_the_hub_is_followed(ask):
 
 
 def test_refused_connection(ask):
-    assert ask(closed_port()) is False
+    assert ask(REFUSING) is False
 
 
 @pytest.mark.parametrize("connects", [True, False])
@@ -168,21 +162,18 @@ def test_name_look_up_that_hangs(ask, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "status, headers",
-    [(200, {}), (503, FROM_HUB), (500, {}), (302, {"Location": "/login"})],
-    ids=["login page", "hub out of order", "server error", "endless redirect"],
+    "status, headers, answer",
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, True),  # a hub that has no GPT-2
+        (200, {}, False),  # a login page
+        (503, FROM_HUB, False),  # a hub out of order
+        (500, {}, False),
+        (302, {"Location": "/login"}, False),  # endlessly
+    ],
 )
-def test_answers_that_are_no_hub(ask, status, headers):
+def test_answers_of_hubs_and_others(ask, status, headers, answer):
     with always(status, headers) as endpoint:
-        assert ask(endpoint) is False
-
-
-def test_offline_mode_asks_nobody(ask, monkeypatch, random_gpt2_folder):
-    asked = []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with a_hub(random_gpt2_folder, asked) as endpoint:
-        assert ask(endpoint) is False
-    assert asked == []
+        assert ask(endpoint) is answer
 
 
 # --- whole loads, each in a process of its own: huggingface_hub reads its settings at import
@@ -235,7 +226,7 @@ def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2,
     assert any("model.safetensors" in path for path in asked)
     assert not any("pytorch_model.bin" in path for path in asked)
 
-    offline, _ = load_in_a_process([*names, "gpt2-small"], closed_port(), tmp_path)
+    offline, _ = load_in_a_process([*names, "gpt2-small"], REFUSING, tmp_path)
     assert offline["someone/tiny"][1:] == online["someone/tiny"][1:]
     assert offline[None][1] == offline["gpt2-small"][1] == "gpt2-small"
     assert offline["nobody/nothing"][1] == "ConnectionError"
@@ -244,8 +235,8 @@ def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2,
 
 def test_silent_hub_and_empty_cache(tmp_path, smollm2):
     with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
-        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        results, printed = load_in_a_process(["gpt2-small", "any/other", None], endpoint, tmp_path)
+        names = ["gpt2-small", "any/other", None]
+        results, printed = load_in_a_process(names, address(listener), tmp_path)
         listener.setblocking(False)
         listener.accept()[0].close()
         with pytest.raises(BlockingIOError):  # asked once: nothing else tried and waited
@@ -265,5 +256,5 @@ def test_an_unfinished_download_is_not_taken_for_a_model(tmp_path):
     reference = snapshot.parents[1] / "refs/main"
     reference.parent.mkdir()
     reference.write_text(COMMIT)
-    results, _ = load_in_a_process(["gpt2-small"], closed_port(), tmp_path)
+    results, _ = load_in_a_process(["gpt2-small"], REFUSING, tmp_path)
     assert results["gpt2-small"][1] == "ConnectionError"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,34 +124,21 @@ def test_second_load_takes_under_six_seconds(smollm2):
 # --- which model by default
 
 
-@pytest.fixture
-def sources(monkeypatch):
-    """Set what the hub and its local cache would say."""
+@pytest.mark.parametrize("hub", [True, False])
+@pytest.mark.parametrize("cached", [Path("somewhere"), None])
+def test_default_is_gpt2_when_it_can_be_had(monkeypatch, capsys, hub, cached):
     monkeypatch.delenv("MECH_INTERP_MODEL", raising=False)
-
-    def setting(hub, cached):
-        monkeypatch.setattr(load, "hub_reachable", lambda: hub)
-        monkeypatch.setattr(load, "cached_folder", lambda repo_id: cached or None)
-
-    return setting
-
-
-@pytest.mark.parametrize("hub, cached", [(True, False), (False, True), (True, True)])
-def test_default_is_gpt2_when_it_can_be_had(sources, capsys, hub, cached):
-    sources(hub, cached)
-    assert load.default_name() == "gpt2-small"
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(load, "hub_reachable", lambda: hub)
+    monkeypatch.setattr(load, "cached_folder", lambda repo_id: cached)
+    name, notice = load.default_name(), capsys.readouterr().out
+    if hub or cached:
+        assert (name, notice) == ("gpt2-small", "")
+    else:
+        assert name == "smollm2-135m"
+        assert notice.count("\n") == 1 and "hub does not answer" in notice
 
 
-def test_default_without_hub_and_cache_is_smollm2_with_a_notice(sources, capsys):
-    sources(False, False)
-    assert load.default_name() == "smollm2-135m"
-    notice = capsys.readouterr().out
-    assert notice.count("\n") == 1 and "hub does not answer" in notice
-
-
-def test_environment_overrides_the_default(sources, monkeypatch, random_gpt2_folder):
-    sources(True, True)
+def test_environment_overrides_the_default(monkeypatch, random_gpt2_folder):
     monkeypatch.setenv("MECH_INTERP_MODEL", str(random_gpt2_folder))
     assert model_label(load_model()) == "random-gpt2"
 
@@ -186,15 +174,9 @@ def no_weights_read(monkeypatch):
     monkeypatch.setattr(load, "load_smollm2", refuse)
 
 
-@pytest.mark.parametrize("name", ["distilgpt2", "./absent", "/absent/folder", "a/b/c", "no model"])
+@pytest.mark.parametrize("name", ["distilgpt2", "./absent", "/absent/folder", "a/b/c", "", 3])
 def test_unknown_name(name, no_weights_read):
-    with pytest.raises(ValueError, match=r"is no model: wanted 'gpt2-small', 'smollm2-135m'"):
-        load_model(name)
-
-
-@pytest.mark.parametrize("name", ["", " ", 3, ["gpt2"]])
-def test_name_that_is_no_name(name, no_weights_read):
-    with pytest.raises(ValueError, match="name must be"):
+    with pytest.raises(ValueError, match=r"name.* (is no model: wanted 'gpt2-small'|must be)"):
         load_model(name)
 
 
@@ -243,19 +225,13 @@ def test_a_folder_that_is_no_model(folder, change, message, no_weights_read):
     assert str(folder) in str(raised.value)
 
 
-class Bomb:
-    """Unpickling one leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_pickled_weights_are_refused_unread(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):  # unpickling one leaves a file behind
+            return open, (str(tmp_path / "exploded"), "w")
+
     (folder / "model.safetensors").unlink()
-    torch.save({"weight": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
+    torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="never from pickled files"):
         load_model(str(folder))
     assert not (tmp_path / "exploded").exists()
