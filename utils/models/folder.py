@@ -57,7 +57,7 @@ def is_supported(folder: Path) -> bool:
 def read_folder(folder: Path) -> Weights:
     """Model and tokenizer of a local folder; ValueError says what is wrong with it.
 
-    Only the absence of files and an unknown architecture are found before the weights are read.
+    Absent files and an unknown architecture are found before any weights are read.
     """
     if missing := missing_part(folder):
         raise ValueError(missing)
@@ -68,19 +68,25 @@ def read_folder(folder: Path) -> Weights:
             "Qwen, Gemma, Phi, ... (TransformerBridge.list_supported_models() has all)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **ON_DISK)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,  # the other format is a pickle
-            attn_implementation="eager",  # attention patterns exist only in this form
-            output_loading_info=True,
-            **ON_DISK,
-        )
+        return from_pretrained(folder)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own
         raise ValueError(f"{folder} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def from_pretrained(folder: Path, **options: str) -> Weights:
+    """Model and tokenizer as transformers reads them; ValueError if tensors are absent."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **ON_DISK, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,  # the other format is a pickle
+        attn_implementation="eager",  # attention patterns exist only in this form
+        output_loading_info=True,
+        **ON_DISK,
+        **options,
+    )
     if found["missing_keys"]:  # they would be random numbers
-        raise ValueError(f"{folder}: its weights lack {sorted(found['missing_keys'])[:3]} ...")
+        raise ValueError(f"its weights lack {sorted(found['missing_keys'])[:3]} ...")
     return Weights(model.eval(), tokenizer)
 
 

