@@ -8,14 +8,12 @@ replaces the whole stub cell.
 import copy
 import importlib
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 from nbformat import NotebookNode
 
 from utils.exercises import RIGHT, UNTRIED, Exercise
-from utils.files import write_file
 
 STUB = "raise NotImplementedError()"
 COMPARED = "nbval-check-output"
@@ -75,13 +73,6 @@ def solve(notebook: NotebookNode) -> NotebookNode:
         if cell.cell_type == "code" and "checks.progress()" in cell.source:  # now other numbers
             cell.metadata["tags"] = [t for t in cell.metadata.get("tags", []) if t != COMPARED]
     return solved
-
-
-def write_solved(path: Path, folder: Path) -> Path:
-    """Write the solved copy of the notebook at `path` into `folder` and return where it is."""
-    target = Path(folder) / path.name
-    write_file(target, nbformat.writes(solve(nbformat.read(path, as_version=4))) + "\n")
-    return target
 
 
 def _checks_module(notebook: NotebookNode) -> object | None:
