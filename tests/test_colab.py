@@ -36,8 +36,9 @@ def setup_cell(path):
     return source if "utils.colab" in source else CELL.replace("PROJECT", path.parent.name)
 
 
-MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
 # The cell on its own, on a machine where git and pip are replaced by recorders
+
+MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
 
 
 @pytest.fixture
