@@ -31,14 +31,14 @@ def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def prose(notebook):
-    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+def run_env(model, results):
+    env = {"MECH_INTERP_MODEL": str(model), "MECH_INTERP_RESULTS": str(results)}
+    return env | {"PLOTLY_RENDERER": "plotly_mimetype"}  # no browser needed
 
 
 def run_nbval(path, results, capfd):
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env"]
-    env = {"MECH_INTERP_MODEL": MODEL, "MECH_INTERP_RESULTS": str(results)}
-    env["PLOTLY_RENDERER"] = "plotly_mimetype"  # no browser needed
+    env = run_env(MODEL, results)
     with capfd.disabled():  # minutes: show that something happens
         print(f"\n{path.relative_to(ROOT)}, cell by cell:")
         done = subprocess.run(
@@ -75,10 +75,9 @@ def test_on_random_weights_every_answer_is_right_and_no_claim_holds(
     checks = [notebook.cells[place.check] for place in find_exercises(read(path))]
     wanted = [cell.outputs[0].text for cell in checks]
     assert checks and all(text.endswith(": right.\n") for text in wanted)
-    env = {"MECH_INTERP_MODEL": str(random_gpt2_folder), "MECH_INTERP_RESULTS": str(tmp_path)}
-    env["PLOTLY_RENDERER"] = "plotly_mimetype"
     with capfd.disabled():
         print()
+        env = run_env(random_gpt2_folder, tmp_path)
         execute(notebook, path.parent, env, f"{path.stem}, random weights")
     assert [cell.outputs[0].text for cell in checks] == wanted
     (written,) = tmp_path.glob("*/*.json")
@@ -170,9 +169,8 @@ def test_first_cells(path):
 def test_committed_outputs_are_complete_and_light(path):
     notebook = read(path)
     assert path.stat().st_size < MAX_BYTES
-    assert [cell.execution_count for cell in code(notebook)] == list(
-        range(1, len(code(notebook)) + 1)
-    )
+    counts = [cell.execution_count for cell in code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     checks = [notebook.cells[place.check] for place in find_exercises(notebook)]
