@@ -46,9 +46,8 @@ def alone(tmp_path, monkeypatch):
     """An empty folder, a bin folder that is the whole PATH, and a pip that only logs."""
     for name in ("here", "bin", "packages/pip"):
         (tmp_path / name).mkdir(parents=True)
-    pip = (
-        f"import pathlib, sys\npathlib.Path({str(tmp_path / 'pip.log')!r}).write_text(sys.argv[-1])"
-    )
+    log = str(tmp_path / "pip.log")
+    pip = f"import pathlib, sys\npathlib.Path({log!r}).write_text(sys.argv[-1])"
     (tmp_path / "packages/pip/__init__.py").touch()  # else the real pip would come first
     (tmp_path / "packages/pip/__main__.py").write_text(pip)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))

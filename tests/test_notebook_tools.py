@@ -277,12 +277,8 @@ def test_shipped_checks_expect_not_attempted(checks):
     ],
 )
 def test_solve_refuses(checks, changes, text):
-    with pytest.raises(ValueError, match=text):
-        notebook_exercises.solve(exercise_notebook(**changes))
-
-
-def test_solve_refuses_a_stub_that_borrows_the_next_solution(checks):
-    notebook = exercise_notebook(prose="No help.")
-    notebook.cells += exercise_notebook().cells[1:]
-    with pytest.raises(ValueError, match="no solution before the next stub"):
-        notebook_exercises.solve(notebook)
+    alone, followed = exercise_notebook(**changes), exercise_notebook(**changes)
+    followed.cells += exercise_notebook().cells[1:]  # whose solution must not be borrowed
+    for notebook in (alone, followed):
+        with pytest.raises(ValueError, match=text):
+            notebook_exercises.solve(notebook)
