@@ -12,17 +12,24 @@ INSTALLED := .venv/installed-$(CHECKSUM)
 BROKEN := $(shell test ! -e .venv/installing && $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks test benchmark outputs remake
+.PHONY: help notebooks test test-nightly lint benchmark outputs remake
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into .venv, once."
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.html to open
 	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
 
-test: $(INSTALLED) ## run every test, the notebooks included
-	$(VENV_PYTHON) -m pytest tests $(ARGS)
+test: lint ## run the linters and every test that is not long, the notebooks included
+	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(ARGS)
+
+test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved
+	$(VENV_PYTHON) -m pytest tests -m nightly $(ARGS)
+
+lint: $(INSTALLED) ## check style and format, the notebooks included
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
 
 benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a sample)
 	$(VENV_PYTHON) -m tools.benchmark $(ARGS)

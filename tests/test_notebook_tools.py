@@ -1,7 +1,6 @@
-"""The notebook commands, on small notebooks of their own: run, outputs, solve, readme."""
+"""The notebook commands, on small notebooks of their own: run, outputs, readme; and solutions."""
 
 import base64
-import io
 import re
 import sys
 import types
@@ -10,8 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools import notebook_exercises, notebook_outputs, notebooks
-from tools.notebook_run import _Progress
+from tools import notebook_exercises, notebook_outputs, notebook_run, notebooks
 from utils.exercises import Exercises
 from utils.files import ROOT, read_json, write_json
 from utils.ledger import markdown_table
@@ -41,9 +39,9 @@ ledger.record("lm.ablation", (0.25, 0.01, 8), holds=True)
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A repository of one project; its kernels find this repository's utils."""
-    for module in (notebooks, notebook_outputs):
+    for module in (notebooks, notebook_run, notebook_outputs):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(notebooks, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(notebook_run, "BUILD", tmp_path / "build")
     monkeypatch.setattr(notebook_outputs, "OTHER_SEEDS", (1, 2))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "project-1-toy"
@@ -52,53 +50,46 @@ def project(tmp_path, monkeypatch):
 
 
 def write(folder, *cells, name="toy_notebook"):
-    path = folder / f"{name}.ipynb"
+    """Write a notebook; a text that begins with # is Markdown, any other code."""
+    cells = [c if not isinstance(c, str) else cell_of(c) for c in cells]
     kernel = {"kernelspec": {"name": "no-such-kernel", "display_name": "x", "language": "python"}}
-    nbformat.write(new_notebook(cells=list(cells), metadata=kernel), path)
+    path = folder / f"{name}.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
     return path
+
+
+def cell_of(text):
+    return new_markdown_cell(text) if text.startswith("#") else new_code_cell(text)
 
 
 def outputs_of(path):
     return [c.outputs for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
-def test_run_leaves_out_bars_that_are_over_and_keeps_warnings(project):
-    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), leave=False): pass\n0"
-    warning = "import sys\nprint('careful', file=sys.stderr)"
-    write(project, new_code_cell(bar), new_code_cell(warning))
-    assert notebooks.main(["run"]) == 0
-    over, said = outputs_of(project.parent / "build/toy_notebook.ipynb")
-    assert [o.output_type for o in over] == ["execute_result"]
-    assert [o.text for o in said] == ["careful\n"]
-
-
 def test_run_leaves_a_notebook_and_a_page(project, capsys):
-    source = write(project, new_markdown_cell("# One"), new_code_cell("import os; os.getcwd()"))
+    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), leave=False): pass\n0"
+    warning = "print('careful', file=sys.stderr)"
+    source = write(project, "# One", "import os, sys; os.getcwd()", bar, warning)
     before = source.read_bytes()
     assert notebooks.main(["run"]) == 0
     build = project.parent / "build"
-    (result,) = outputs_of(build / "toy_notebook.ipynb")
-    assert result[0].data["text/plain"] == repr(str(project))  # runs where the notebook lies
+    (result,), over, said = outputs_of(build / "toy_notebook.ipynb")
+    assert result.data["text/plain"] == repr(str(project))  # runs where the notebook lies
+    assert [o.output_type for o in over] == ["execute_result"]  # no bar that is over
+    assert [o.text for o in said] == ["careful\n"]
     assert str(project) in (build / "toy_notebook.html").read_text()
     assert source.read_bytes() == before
     out, err = capsys.readouterr()
     assert re.fullmatch(r"toy_notebook: \d+ s; open build/toy_notebook.html or .*ipynb\n", out)
-    assert re.search(r"^toy_notebook: cell 1/1, \d+ s: One$", err, re.MULTILINE)
+    assert re.search(r"^toy_notebook: cell 1/3, \d+ s: One$", err, re.MULTILINE)
 
 
 def test_run_shows_the_failing_cell(project, capsys):
-    write(
-        project,
-        new_code_cell("x = 1"),
-        new_markdown_cell("## Where it fails"),
-        new_code_cell("x = 2\nx / 0"),
-        new_code_cell("x = 3"),
-    )
+    write(project, "x = 1", "## Where it fails", "x = 2\nx / 0", "x = 3")
     assert notebooks.main(["run"]) == 1
     err = capsys.readouterr().err
-    assert "cell 2/3" in err
-    assert "Where it fails" in err
-    assert "    x / 0\n" in err
+    assert re.search(r"cell 2/3, \d+ s: Where it fails\n", err)
+    assert "x / 0\n" in err
     assert "ZeroDivisionError: division by zero" in err
     assert "\x1b" not in err
     _, failed, after = outputs_of(project.parent / "build" / "toy_notebook.ipynb")
@@ -107,12 +98,14 @@ def test_run_shows_the_failing_cell(project, capsys):
 
 
 def test_run_reports_a_kernel_that_dies(project, capsys):
-    write(project, new_code_cell("import os; os._exit(1)"))
+    write(project, "# Dead", "import os; os._exit(1)")
     assert notebooks.main(["run"]) == 1
-    assert "os._exit(1)" in capsys.readouterr().err
+    assert re.search(r": Dead\n.*Kernel died", capsys.readouterr().err)
 
 
 def test_names_choose_notebooks(project, capsys):
+    assert notebooks.main(["run"]) == 1
+    assert capsys.readouterr().err == f"no notebook in {project.parent}\n"
     first = write(project, name="first_notebook")
     second = write(project, name="second_notebook")
     assert notebooks.find_notebooks() == [first, second]
@@ -122,37 +115,9 @@ def test_names_choose_notebooks(project, capsys):
     assert "name: got 'third', have project-1-toy/first_notebook.ipynb" in capsys.readouterr().err
 
 
-def test_running_nothing_is_an_error(project, capsys):
-    assert notebooks.main(["run"]) == 1
-    assert capsys.readouterr().err == f"no notebook in {project.parent}\n"
-
-
-def test_progress_updates_one_line_on_a_terminal(monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    terminal.fileno = lambda: 2
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("os.get_terminal_size", lambda fd: types.SimpleNamespace(columns=30))
-    progress = _Progress(new_notebook(cells=[new_code_cell("1")]), "a long notebook name")
-    with progress:
-        progress.cell(cell_index=0)
-        progress.done.wait(0.8)
-    lines = terminal.getvalue().split("\r\033[K")
-    assert "\n" not in terminal.getvalue()
-    assert "a long notebook name: cell 1/" in lines[1]
-    assert max(map(len, lines)) < 30
-    assert lines[-1] == ""  # the line is wiped when the run ends
-
-
 def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
-    path = write(
-        project,
-        new_code_cell(HEADER),
-        new_markdown_cell("# Part A: the toy"),
-        new_code_cell(PART_A),
-        new_markdown_cell("# Part B: the model"),
-        new_code_cell(PART_B, metadata={"tags": ["readme-figure:effect"]}),
-    )
+    tagged = new_code_cell(PART_B, metadata={"tags": ["readme-figure:effect"]})
+    path = write(project, HEADER, "# Part A: toy", PART_A, "# Part B: model", tagged)
     readme = project / "README.md"
     readme.write_text("# Toy\n<!-- results:start -->\nstale\n<!-- results:end -->\nend\n")
     top = project.parent / "README.md"
@@ -192,20 +157,21 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert [file.read_bytes() for file in files] == before
 
 
-def test_outputs_refuses_a_large_notebook(project, monkeypatch, capsys):
-    path = write(project, new_code_cell(HEADER), new_code_cell("print('x' * 5000)"))
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([HEADER, "print('x' * 5000)"], "want at most 5000"),
+        (["1"], "wrote 0 ledgers, want one"),
+    ],
+)
+def test_outputs_of_a_bad_run_are_not_written(project, monkeypatch, capsys, cells, message):
+    path = write(project, *cells)
     before = path.read_bytes()
     monkeypatch.setattr(notebook_outputs, "MAX_BYTES", 5000)
     assert notebooks.main(["outputs"]) == 1
-    assert "want at most 5000" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert path.read_bytes() == before
     assert not (project / "results").exists()
-
-
-def test_outputs_wants_one_ledger(project, capsys):
-    write(project, new_code_cell("1"))
-    assert notebooks.main(["outputs"]) == 1
-    assert "wrote 0 ledgers, want one" in capsys.readouterr().err
 
 
 def test_a_figure_for_the_readme_needs_a_picture(tmp_path):
@@ -214,34 +180,25 @@ def test_a_figure_for_the_readme_needs_a_picture(tmp_path):
         notebook_outputs.write_figures(new_notebook(cells=[cell]), tmp_path)
 
 
-def test_readme_command_rewrites_tables_alone(project, capsys):
-    write(project, new_code_cell("raise SystemExit"))
-    readme = project / "README.md"
-    readme.write_text("<!-- results:start -->\n<!-- results:end -->\n")
-    assert notebooks.main(["readme"]) == 1
-    assert "no results in" in capsys.readouterr().err
-    ledger = {"model": "m", "versions": {}, "claims": [], "heads": {"induction": ["L5H5"]}}
-    write_json(project / "results" / "m.json", ledger)
-    write_json(project / "results" / "toy_seeds.json", {})
-    assert notebooks.main(["readme"]) == 0
-    assert "| induction | L5H5 |" in readme.read_text()
-    assert notebook_outputs.with_tables(readme) == readme.read_text()
-
-
-def test_each_project_keeps_its_own_results(project):
+def test_readme_command_rewrites_tables_alone_and_each_project_keeps_its_own(project, capsys):
     first, second = project, project.parent / "project-2-other"
     second.mkdir()
+    for folder in (first, second):
+        write(folder, "raise SystemExit", name=f"{folder.name}_notebook")
+        (folder / "README.md").write_text("<!-- results:start -->\n<!-- results:end -->\n")
+    assert notebooks.main(["readme"]) == 1
+    assert "no results in" in capsys.readouterr().err
     for folder, head in ((first, "L1H1"), (second, "L2H2")):
-        write(folder, name=f"{folder.name}_notebook")
         ledger = {"model": "m", "versions": {}, "claims": [], "heads": {"induction": [head]}}
         write_json(folder / "results" / "m.json", ledger)
-        (folder / "README.md").write_text("<!-- results:start -->\n<!-- results:end -->\n")
+    write_json(first / "results" / "toy_seeds.json", {})
     top = project.parent / "README.md"
     marked = (f"<!-- results:start {f.name} -->\n<!-- results:end -->\n" for f in (second, first))
     top.write_text("".join(marked))
     assert notebooks.main(["readme"]) == 0
     shown = [re.findall(r"L\dH\d", p.read_text()) for p in notebook_outputs.readmes()]
     assert shown == [["L2H2", "L1H1"], ["L1H1"], ["L2H2"]]
+    assert notebook_outputs.with_tables(top) == top.read_text()
 
 
 STUB = "def double(x):\n    raise NotImplementedError()"
@@ -283,33 +240,22 @@ def checks(monkeypatch):
 
 
 def exercise_notebook(stub=STUB, check="checks.double(double)", prose=SOLUTION):
-    return new_notebook(
-        cells=[
-            new_code_cell("import fake_exercises as checks"),
-            new_code_cell(stub),
-            new_code_cell(check),
-            new_markdown_cell(prose),
-            new_code_cell("checks.progress()", metadata={"tags": ["nbval-check-output"]}),
-        ]
-    )
+    progress = new_code_cell("checks.progress()", metadata={"tags": ["nbval-check-output"]})
+    code = map(new_code_cell, ["import fake_exercises as checks", stub, check])
+    return new_notebook(cells=[*code, new_markdown_cell(prose), progress])
 
 
-def test_solve_fills_in_solutions_and_expects_right(checks):
+def test_solve_fills_in_solutions_and_expects_what_the_check_prints(checks, capsys):
     notebook = exercise_notebook()
-    solved = notebook_exercises.solve(notebook)
-    _, stub, check, _, progress = solved.cells
+    _, stub, check, _, progress = notebook_exercises.solve(notebook).cells
     assert stub.source == "def double(x):\n    return 2 * x"
     assert check.outputs[0].text == "Exercise 1 (double): right.\n"
     assert check.metadata.tags == ["nbval-check-output"]
     assert check.execution_count is not None
     assert progress.metadata.tags == []
     assert notebook.cells[1].source == STUB
-
-
-def test_the_solution_text_is_what_the_check_prints(checks, capsys):
-    solved = notebook_exercises.solve(exercise_notebook())
-    exec(solved.cells[1].source + "\nchecks.double(double)", {"checks": checks})
-    assert capsys.readouterr().out == solved.cells[2].outputs[0].text
+    exec(f"{stub.source}\n{check.source}", {"checks": checks})
+    assert capsys.readouterr().out == check.outputs[0].text
 
 
 def test_shipped_checks_expect_not_attempted(checks):
@@ -331,20 +277,8 @@ def test_shipped_checks_expect_not_attempted(checks):
     ],
 )
 def test_solve_refuses(checks, changes, text):
-    with pytest.raises(ValueError, match=text):
-        notebook_exercises.solve(exercise_notebook(**changes))
-
-
-def test_solve_refuses_a_stub_that_borrows_the_next_solution(checks):
-    notebook = exercise_notebook(prose="No help.")
-    notebook.cells += exercise_notebook().cells[1:]
-    with pytest.raises(ValueError, match="no solution before the next stub"):
-        notebook_exercises.solve(notebook)
-
-
-def test_solve_command_writes_copies(project, checks, tmp_path, capsys):
-    write(project, *exercise_notebook().cells)
-    assert notebooks.main(["solve", "--to", str(tmp_path / "solved")]) == 0
-    target = tmp_path / "solved" / "toy_notebook.ipynb"
-    assert capsys.readouterr().out.strip() == str(target)
-    assert "return 2 * x" in target.read_text()
+    alone, followed = exercise_notebook(**changes), exercise_notebook(**changes)
+    followed.cells += exercise_notebook().cells[1:]  # whose solution must not be borrowed
+    for notebook in (alone, followed):
+        with pytest.raises(ValueError, match=text):
+            notebook_exercises.solve(notebook)

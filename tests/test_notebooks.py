@@ -3,7 +3,6 @@
 import base64
 import os
 import re
-import shutil
 import statistics
 import struct
 import subprocess
@@ -12,11 +11,11 @@ import sys
 import nbformat
 import pytest
 
-from tools.notebook_exercises import COMPARED, find_exercises, write_solved
+from tools.notebook_exercises import COMPARED, find_exercises, solve
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
 from utils.claims import CLAIMS
-from utils.files import ROOT, read_json
+from utils.files import ROOT, read_json, write_file
 from utils.ledger import compare
 
 MODEL = "smollm2-135m"
@@ -32,14 +31,14 @@ def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def prose(notebook):
-    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+def run_env(model, results):
+    env = {"MECH_INTERP_MODEL": str(model), "MECH_INTERP_RESULTS": str(results)}
+    return env | {"PLOTLY_RENDERER": "plotly_mimetype"}  # no browser needed
 
 
 def run_nbval(path, results, capfd):
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env"]
-    env = {"MECH_INTERP_MODEL": MODEL, "MECH_INTERP_RESULTS": str(results)}
-    env["PLOTLY_RENDERER"] = "plotly_mimetype"  # no browser needed
+    env = run_env(MODEL, results)
     with capfd.disabled():  # minutes: show that something happens
         print(f"\n{path.relative_to(ROOT)}, cell by cell:")
         done = subprocess.run(
@@ -60,22 +59,27 @@ def test_shipped_notebook_gives_its_committed_results(path, tmp_path, capfd):
     assert compare(fresh, committed) == []
 
 
+@pytest.mark.nightly
 @every_notebook
 def test_solved_notebook_says_right_everywhere(path, tmp_path, capfd):
     # Below the repository, so that the notebook finds it, as a reader's copy would.
-    solved = write_solved(path, ROOT / "build" / "solved")
-    expected = [cell.outputs[0].text for cell in code(read(solved)) if "checks." in cell.source]
-    assert sum(text.endswith(": right.\n") for text in expected) == len(find_exercises(read(path)))
-    run_nbval(solved, tmp_path, capfd)
+    write_file(ROOT / "build/solved" / path.name, nbformat.writes(solve(read(path))))
+    run_nbval(ROOT / "build/solved" / path.name, tmp_path, capfd)
 
 
 @every_notebook
-def test_random_weights_hold_no_claim(path, tmp_path, capfd, random_gpt2_folder):
-    env = {"MECH_INTERP_MODEL": str(random_gpt2_folder), "MECH_INTERP_RESULTS": str(tmp_path)}
-    env["PLOTLY_RENDERER"] = "plotly_mimetype"
+def test_on_random_weights_every_answer_is_right_and_no_claim_holds(
+    path, tmp_path, capfd, random_gpt2_folder
+):
+    notebook = solve(read(path))
+    checks = [notebook.cells[place.check] for place in find_exercises(read(path))]
+    wanted = [cell.outputs[0].text for cell in checks]
+    assert checks and all(text.endswith(": right.\n") for text in wanted)
     with capfd.disabled():
         print()
-        execute(read(path), path.parent, env, f"{path.stem}, random weights")
+        env = run_env(random_gpt2_folder, tmp_path)
+        execute(notebook, path.parent, env, f"{path.stem}, random weights")
+    assert [cell.outputs[0].text for cell in checks] == wanted
     (written,) = tmp_path.glob("*/*.json")
     verdicts = {claim["id"]: claim["holds"] for claim in read_json(written)["claims"]}
     about_the_model = {i: holds for i, holds in verdicts.items() if not i.startswith("toy.")}
@@ -165,9 +169,8 @@ def test_first_cells(path):
 def test_committed_outputs_are_complete_and_light(path):
     notebook = read(path)
     assert path.stat().st_size < MAX_BYTES
-    assert [cell.execution_count for cell in code(notebook)] == list(
-        range(1, len(code(notebook)) + 1)
-    )
+    counts = [cell.execution_count for cell in code(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     checks = [notebook.cells[place.check] for place in find_exercises(notebook)]
@@ -217,115 +220,3 @@ def test_readme_links_lead_somewhere(readme):
         r'src="(?!http)([^"]+)', text
     )
     assert [link for link in links if not (readme.parent / link).exists()] == []
-
-
-# The setup cell on its own, on a machine where git and pip are replaced by recorders
-
-
-@pytest.fixture
-def alone(tmp_path, monkeypatch):
-    """An empty folder, a bin folder that is the whole PATH, and a folder of fake packages."""
-    for name in ("here", "bin", "packages/pip", "packages/fakepkg-1.0.dist-info"):
-        (tmp_path / name).mkdir(parents=True)
-    packages = tmp_path / "packages"
-    (packages / "fakepkg.py").touch()
-    info = packages / "fakepkg-1.0.dist-info"
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fakepkg\nVersion: 1.0\n")
-    (info / "top_level.txt").write_text("fakepkg\n")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("PYTHONPATH", str(packages))
-    return tmp_path
-
-
-def fake_git(folder, script):
-    git = folder / "bin" / "git"
-    git.write_text(f'#!/bin/sh\necho "$@" > {folder}/git.log\n{script}\n')
-    git.chmod(0o755)
-
-
-def fake_pip(folder, script="pass"):
-    (folder / "packages" / "pip" / "__init__.py").touch()  # else the real pip would come first
-    log = str(folder / "pip.log")
-    text = f"import pathlib, sys\npathlib.Path({log!r}).write_text(' '.join(sys.argv[1:]))\n"
-    (folder / "packages" / "pip" / "__main__.py").write_text(text + script + "\n")
-
-
-def run_setup(path, cwd, before=""):
-    after = "import sys, utils; print(utils.__path__[0] if utils.__path__ else '')"
-    source = "\n".join([before, code(read(path))[0].source, after])
-    return subprocess.run([sys.executable, "-c", source], cwd=cwd, capture_output=True, text=True)
-
-
-COLAB = "import fakepkg, sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
-CLONE = """
-mkdir -p mech-interp-replications/utils
-: > mech-interp-replications/utils/__init__.py
-: > mech-interp-replications/utils/exercises.py
-: > mech-interp-replications/requirements.txt
-""".replace("mkdir", shutil.which("mkdir") or "mkdir")
-
-
-@every_notebook
-def test_setup_does_nothing_inside_the_repository(path, alone):
-    fake_git(alone, "exit 1")
-    fake_pip(alone)
-    done = run_setup(path, path.parent)
-    assert (done.returncode, done.stdout) == (0, f"{ROOT / 'utils'}\n")
-    assert not (alone / "git.log").exists()
-    assert not (alone / "pip.log").exists()
-
-
-@every_notebook
-@pytest.mark.parametrize("git", ["missing", "failing"])
-def test_setup_without_a_network_says_what_to_do(path, git, alone):
-    if git == "failing":
-        fake_git(alone, "exit 128")
-    done = run_setup(path, alone / "here")
-    assert done.returncode == 1
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith("RuntimeError: ")
-    assert re.search(r"git clone https://github.com/[\w-]+/[\w-]+", message)
-    assert re.search(r"https://\S+\.zip", message)
-    assert "open the notebook inside it" in message
-
-
-@every_notebook
-def test_setup_fetches_the_repository_once(path, alone):
-    fake_git(alone, CLONE)
-    fake_pip(alone)
-    fetched = f"{alone}/here/mech-interp-replications/utils\n"
-    done = run_setup(path, alone / "here")
-    assert (done.returncode, done.stdout) == (0, fetched)
-    assert (alone / "git.log").read_text().startswith("clone --depth=1 https://github.com/")
-    assert not (alone / "pip.log").exists()
-    fake_git(alone, "exit 128")
-    assert run_setup(path, alone / "here").stdout == fetched
-
-
-@every_notebook
-def test_setup_on_colab_installs(path, alone):
-    fake_git(alone, CLONE)
-    fake_pip(alone)
-    done = run_setup(path, alone / "here", COLAB)
-    assert done.returncode == 0
-    requirements = alone / "here" / "mech-interp-replications" / "requirements.txt"
-    assert (alone / "pip.log").read_text() == f"install -q -r {requirements}"
-
-
-@every_notebook
-def test_setup_on_colab_asks_for_a_restart(path, alone):
-    fake_git(alone, CLONE)
-    info = alone / "packages" / "fakepkg-1.0.dist-info"
-    fake_pip(
-        alone,
-        f"info = pathlib.Path({str(info)!r})\n"
-        "meta = (info / 'METADATA').read_text().replace('1.0', '2.0')\n"
-        "(info / 'METADATA').write_text(meta)\n"
-        "info.rename(info.with_name('fakepkg-2.0.dist-info'))",
-    )
-    done = run_setup(path, alone / "here", COLAB)
-    assert done.returncode == 1
-    assert "Restart session" in done.stderr.splitlines()[-1]
-    assert "fakepkg" in done.stderr.splitlines()[-1]
-    fake_pip(alone)  # after the restart there is nothing left to install
-    assert run_setup(path, alone / "here", COLAB).returncode == 0

@@ -10,23 +10,19 @@ build/benchmark.json and build/benchmark.html.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tools.benchmark_scaling import scaling, write_plots
-from tools.benchmark_work import Patch, Sweep, Work, gpt2_works, smollm2_works
+from tools.benchmark_timing import PeakMemory, machine, matmul_rate, timed
+from tools.benchmark_work import Work, gpt2_works, smollm2_works
 
 BUILD = Path("build")
 AGREE = 1e-3  # the ways may differ by less, in logits or nats
@@ -60,15 +56,15 @@ def main() -> None:
     for works in (smollm2_works, gpt2_works):
         model, found = works(quick)
         for work in found:
+            print(f"{work.name} ...", end=" ", flush=True)
             rows.append(time_row(model, work))
-            print(_line(rows[-1]), flush=True)
+            print(f"{rows[-1].ratio:.3f} of TransformerLens's time", flush=True)
         del model, found
-    fits = scaling(quick)
-    report = {"machine": machine(), "quick": quick, "rows": [asdict(r) for r in rows]}
-    report["scaling"] = fits
+    report = {"machine": machine(), "quick": quick, "rows": [asdict(row) for row in rows]}
+    report["scaling"] = scaling(quick)
     (BUILD / "benchmark.json").write_text(json.dumps(report, indent=1))
     write_plots(report, BUILD / "benchmark.html")
-    print("\n" + table(rows, fits))
+    print("\n" + table(rows, report["scaling"]))
     if differ := [row.work for row in rows if not row.max_abs_diff < AGREE]:
         sys.exit(f"The ways differ by {AGREE} or more in: {', '.join(differ)}.")
 
@@ -111,101 +107,24 @@ def time_row(model: TransformerBridge, work: Work) -> Row:
     )
 
 
-def timed(sweep: Sweep, patches: Sequence[Patch]) -> tuple[float, Tensor]:
-    """Seconds, and the values."""
-    synchronize()
-    begin = time.perf_counter()
-    values = sweep(patches)
-    synchronize()
-    return time.perf_counter() - begin, values
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def matmul_rate(model: TransformerBridge) -> float:
-    """Multiply-adds a second in a product of the shape that an MLP of the model has."""
-    device, cfg = next(model.parameters()).device, model.cfg
-    rows, repeats = 1024, 1000 if device.type == "cuda" else 10
-    x = torch.randn(rows, cfg.d_model, device=device)
-    weight = torch.randn(cfg.d_mlp, cfg.d_model, device=device)
-    torch.nn.functional.linear(x, weight)
-    seconds = timed(lambda _: [torch.nn.functional.linear(x, weight) for _ in range(repeats)], [])
-    return repeats * rows * cfg.d_model * cfg.d_mlp / seconds[0]
-
-
-class PeakMemory:
-    """Most memory held within it beyond what was held before, in sizes of the model, plus 1."""
-
-    def __init__(self, model: TransformerBridge):
-        self.model_bytes = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
-        self.share = 1.0
-
-    def __enter__(self) -> "PeakMemory":
-        self.stop = threading.Event()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.before = self.most = self._held()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop.set()
-        self.thread.join()
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.most
-        self.share = 1 + (peak - self.before) / self.model_bytes
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.most = max(self.most, self._held())
-
-    def _held(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.memory_allocated()
-        statm = Path("/proc/self/statm")  # other systems: not measured
-        return (
-            int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-        )
-
-
-def machine() -> dict[str, object]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "transformer_lens": version("transformer-lens"),
-        "fp32_precision": torch.backends.mkldnn.matmul.fp32_precision,
-    }
-
-
 def table(rows: Sequence[Row], fits: dict) -> str:
     """The rows as text, then the fitted exponents."""
-    head = f"{'work':<42}{'ours':>8}{'TL':>8}{'HF':>8}{'ratio':>8}{'target':>8}"
-    lines = [head + f"{'limit':>8}{'memory':>8}{'max diff':>10}"]
-    lines += [_line(row) for row in rows]
-    lines.append(
-        "ours, TL, HF: seconds for all patches; ratio: ours / TL; limit: ours / time of its"
-    )
-    lines.append("multiply-adds; memory: peak in sizes of the model. Fitted exponents (ours, TL):")
-    lines += [
+    hidden = ["patches", "timed", "timed_references"]
+    names = ["work", "ours", "TL", "HF", "ratio", "target", "max diff", "limit", "memory"]
+    frame = pd.DataFrame(rows).drop(columns=hidden).set_axis(names, axis=1)
+    diff = {"max diff": "{:.1e}".format}
+    exponents = [
         f"  cost ~ {axis} ** {fit['ours']['exponent']:.2f}, "
         f"{axis} ** {fit['transformer_lens']['exponent']:.2f}"
         for axis, fit in fits.items()
     ]
-    return "\n".join(lines)
-
-
-def _line(row: Row) -> str:
-    hf = "-" if row.hugging_face_s is None else f"{row.hugging_face_s:.1f}"
-    return (
-        f"{row.work:<42}{row.ours_s:>8.1f}{row.transformer_lens_s:>8.1f}{hf:>8}{row.ratio:>8.3f}"
-        f"{row.target:>8.2f}{row.limit_ratio:>8.2f}{row.peak_memory:>8.2f}{row.max_abs_diff:>10.1e}"
+    return "\n".join(
+        [
+            frame.to_string(index=False, float_format="{:.3f}".format, formatters=diff, na_rep="-"),
+            "ours, TL, HF: seconds for all patches; ratio: ours / TL; limit: ours / time of its",
+            "multiply-adds; memory: peak in sizes of the model. Fitted exponents (ours, TL):",
+            *exponents,
+        ]
     )
 
 

@@ -10,23 +10,23 @@ from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-Patch = tuple[int, int]  # layer, and head or position
-AXIS = {"resid_pre": "pos"}
+from tools.benchmark_timing import Patch, Sweep
+
+Metric = Callable[[Tensor], Tensor]  # logits -> one value per prompt
 
 
 def transformer_lens_loop(
     model: TransformerBridge,
     clean: Tensor,
     corrupted: Tensor,
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     site: str,
-) -> Callable[[Sequence[Patch]], Float[Tensor, "patch"]]:
+) -> Sweep:
     """`transformer_lens.patching`: "resid_pre" by position, or "z", "q", "k", "v" by head."""
     name = "resid_pre" if site == "resid_pre" else f"attn_head_{site.replace('z', 'out')}_all_pos"
     sweep = getattr(patching, f"get_act_patch_{name}")
@@ -34,16 +34,11 @@ def transformer_lens_loop(
     names = [f"blocks.{layer}.{kept}" for layer in range(model.cfg.n_layers)]
     cache = model.run_with_cache(clean, names_filter=names)[1]
 
-    def run(patches: Sequence[Patch]) -> Float[Tensor, "patch"]:
-        frame = pd.DataFrame(list(patches), columns=["layer", AXIS.get(site, "head_index")])
-        return sweep(
-            model,
-            corrupted,
-            cache,
-            lambda logits: metric(logits).mean(),
-            index_axis_names=None,
-            index_df=frame,
-        )
+    def run(patches: Sequence[Patch]) -> Tensor:
+        index = "pos" if site == "resid_pre" else "head_index"
+        frame = pd.DataFrame(list(patches), columns=["layer", index])
+        options = {"index_axis_names": None, "index_df": frame}
+        return sweep(model, corrupted, cache, lambda logits: metric(logits).mean(), **options)
 
     return run
 
@@ -52,46 +47,43 @@ def two_pass_recipe(
     model: TransformerBridge,
     original: Tensor,
     new: Tensor,
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     receivers: Sequence[Patch] = (),
-) -> Callable[[Sequence[Patch]], Float[Tensor, "patch"]]:
+) -> Sweep:
     """Path patching with plain hooks (Wang et al. 2022, appendix B), to the logits or to queries.
 
     The receivers' queries are patched at the last position.
     """
-    layers = range(model.cfg.n_layers)
-    names = [f"blocks.{layer}.attn.hook_z" for layer in layers]
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     from_original = model.run_with_cache(original, names_filter=names)[1]
     from_new = model.run_with_cache(new, names_filter=names)[1]
 
+    def freeze(z: Tensor, hook, name: str, head: int | None) -> Tensor:
+        z = from_original[name].clone()
+        if head is not None:
+            z[:, :, head] = from_new[name][:, :, head]
+        return z
+
+    def put(q: Tensor, hook, kept: Tensor, head: int) -> Tensor:
+        q = q.clone()
+        q[:, -1, head] = kept[:, -1, head]
+        return q
+
     def one(sender: Patch) -> Tensor:
-        kept = {}
-
-        def freeze(name: str, layer: int) -> Callable:
-            def hook_fn(z: Tensor, hook) -> Tensor:
-                z = from_original[name].clone()
-                if layer == sender[0]:
-                    z[:, :, sender[1]] = from_new[name][:, :, sender[1]]
-                return z
-
-            return hook_fn
-
-        def keep(layer: int) -> Callable:
-            return lambda q, hook: kept.update({layer: q.clone()})
-
-        def put(layer: int, head: int) -> Callable:
-            def hook_fn(q: Tensor, hook) -> Tensor:
-                q = q.clone()
-                q[:, -1, head] = kept[layer][:, -1, head]
-                return q
-
-            return hook_fn
-
-        hooks = [(name, freeze(name, layer)) for layer, name in enumerate(names)]
-        hooks += [(f"blocks.{la}.attn.hook_q", keep(la)) for la in {la for la, _ in receivers}]
+        kept: dict[int, Tensor] = {}
+        hooks = [
+            (name, partial(freeze, name=name, head=sender[1] if layer == sender[0] else None))
+            for layer, name in enumerate(names)
+        ]
+        for layer, _ in receivers:
+            keep = partial(lambda q, hook, layer: kept.update({layer: q.clone()}), layer=layer)
+            hooks.append((f"blocks.{layer}.attn.hook_q", keep))
         logits = model.run_with_hooks(original, fwd_hooks=hooks)
         if receivers:
-            hooks = [(f"blocks.{la}.attn.hook_q", put(la, head)) for la, head in receivers]
+            hooks = [
+                (f"blocks.{layer}.attn.hook_q", partial(put, kept=kept[layer], head=head))
+                for layer, head in receivers
+            ]
             logits = model.run_with_hooks(original, fwd_hooks=hooks)
         return metric(logits).mean()
 
@@ -102,12 +94,18 @@ def hugging_face_loop(
     hf: PreTrainedModel,
     clean: Tensor,
     corrupted: Tensor,
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     site: str,
-) -> Callable[[Sequence[Patch]], Float[Tensor, "patch"]]:
-    """The same patches by a forward hook on a module of a Llama or GPT-2 model."""
+    mean: bool = False,
+) -> Sweep:
+    """The same patches by a forward hook on a module of a Llama or GPT-2 model.
+
+    `mean`: each is the clean run's mean over prompts and positions, without the start token.
+    """
     d_head = hf.config.hidden_size // hf.config.num_attention_heads
     recorded = _record(hf, clean, site)
+    if mean:
+        recorded = {i: x[:, 1:].mean((0, 1)).expand_as(x) for i, x in recorded.items()}
 
     def one(patch: Patch) -> Tensor:
         layer, index = patch
@@ -121,28 +119,6 @@ def hugging_face_loop(
 
         with _hooked(hf, layer, site, edit):
             return metric(hf(corrupted).logits).mean()
-
-    return lambda patches: torch.stack([one(patch) for patch in patches])
-
-
-def hugging_face_ablation(
-    hf: PreTrainedModel, metric: Callable[[Tensor], Tensor], tokens: Tensor
-) -> Callable[[Sequence[Patch]], Float[Tensor, "patch"]]:
-    """Each head's output set to its mean over prompts and positions, by a hook before W_O."""
-    d_head = hf.config.hidden_size // hf.config.num_attention_heads
-    recorded = _record(hf, tokens, "z")
-
-    def one(patch: Patch) -> Tensor:
-        layer, head = patch
-        columns = slice(head * d_head, (head + 1) * d_head)
-
-        def edit(x: Tensor) -> Tensor:
-            x = x.clone()
-            x[..., columns] = recorded[layer][:, 1:, columns].mean((0, 1))  # without the start
-            return x
-
-        with _hooked(hf, layer, "z", edit):
-            return metric(hf(tokens).logits).mean()
 
     return lambda patches: torch.stack([one(patch) for patch in patches])
 

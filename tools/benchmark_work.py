@@ -11,11 +11,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tools.benchmark_references import (
-    hugging_face_ablation,
+    Metric,
     hugging_face_loop,
     transformer_lens_loop,
     two_pass_recipe,
 )
+from tools.benchmark_timing import Patch, Sweep
 from utils.ablation import head_means, losses, mean_ablation_hooks
 from utils.heads import Head
 from utils.ioi import ioi_prompts
@@ -25,9 +26,7 @@ from utils.patching import LogitDiff, patch_heads, patch_residual
 from utils.paths import path_patch
 from utils.prompts import repeated_tokens
 
-Patch = tuple[int, int]  # layer, and head or position
 Chunk = tuple[list[Patch], list[Patch]]  # for ours; for the references: the same, or some of them
-Sweep = Callable[[Sequence[Patch]], Tensor]  # one value per patch
 N_PROMPTS = 16
 N_REPEATS, SEQ_LEN = 8, 25
 SHARED, NOT_SHARED = "s2_io", "abc"  # corruptions that differ from S2 on, and from the first name
@@ -51,13 +50,17 @@ def smollm2_works(quick: bool) -> tuple[TransformerBridge, list[Work]]:
     """All rows of SmolLM2-135M."""
     model, hf = load_model("smollm2-135m"), load_hf("smollm2-135m")[0].model
     hf.to(next(model.parameters()).device)
+    shared = 0.08 if torch.cuda.is_available() else 0.11
+    rows = [
+        ("head output, shared prefix", shared, "z", SHARED),
+        ("head output, no shared prefix", 0.35, "z", NOT_SHARED),
+        ("residual stream, layer by position", 0.20, "resid_pre", SHARED),
+        ("queries", 0.15, "q", SHARED),
+        ("keys, per key/value head", 0.15, "k", SHARED),
+        ("values, per key/value head", 0.15, "v", SHARED),
+    ]
     return model, [
-        heads_work(model, hf, "head output, shared prefix", gpu(0.08, 0.11), "z", SHARED, quick),
-        heads_work(model, hf, "head output, no shared prefix", 0.35, "z", NOT_SHARED, quick),
-        residual_work(model, hf, quick),
-        heads_work(model, hf, "queries", 0.15, "q", SHARED, quick),
-        heads_work(model, hf, "keys, per key/value head", 0.15, "k", SHARED, quick),
-        heads_work(model, hf, "values, per key/value head", 0.15, "v", SHARED, quick),
+        *(patching_work(model, hf, *row, quick) for row in rows),
         paths_work(model, "paths to the logits", (), quick),
         paths_work(model, "paths to queries", receivers(model), quick),
         ablation_work(model, hf, quick),
@@ -74,12 +77,22 @@ def gpt2_works(quick: bool) -> tuple[TransformerBridge, list[Work]]:
         tokenizer.save_pretrained(folder)
         model = load_model(folder)
     hf.to(next(model.parameters()).device)
-    name = "head output, GPT-2 small's shape"
-    return model, [heads_work(model, hf, name, 0.15, "z", SHARED, quick)]
+    row = ("head output, GPT-2 small's shape", 0.15, "z", SHARED)
+    return model, [patching_work(model, hf, *row, quick)]
 
 
-def gpu(target: float, otherwise: float) -> float:
-    return target if torch.cuda.is_available() else otherwise
+def our_sweep(
+    model: TransformerBridge, clean: Tensor, corrupted: Tensor, metric: Metric, site: str
+) -> Sweep:
+    """Heads at a site, or a grid of layers and positions of "resid_pre"; the mean over prompts."""
+
+    def run(patches: Sequence[Patch]) -> Tensor:
+        if site != "resid_pre":
+            return patch_heads(model, clean, corrupted, metric, site, patches).mean(0)
+        layers, at = (sorted(set(part)) for part in zip(*patches, strict=True))
+        return patch_residual(model, clean, corrupted, metric, at, layers).mean(0).flatten()
+
+    return run
 
 
 def receivers(model: TransformerBridge) -> tuple[Head, Head]:
@@ -88,7 +101,7 @@ def receivers(model: TransformerBridge) -> tuple[Head, Head]:
     return Head(layer, 0), Head(layer + 1, 1)
 
 
-def heads_work(
+def patching_work(
     model: TransformerBridge,
     hf: PreTrainedModel,
     name: str,
@@ -97,58 +110,39 @@ def heads_work(
     corruption: str,
     quick: bool,
 ) -> Work:
-    """Every head at a site, from the clean run into the corrupted one."""
-    prompts, metric = _task(model)
-    pair = (prompts.tokens, prompts.corrupted[corruption])
-    n_layers = model.cfg.n_layers
-    n_heads = model.cfg.n_heads if site in "zq" else _n_key_value_heads(model)
-    patches = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    rows = N_PROMPTS * _n_changed(*pair)
+    """Every head, or position of "resid_pre", from the clean run into the corrupted one."""
+    prompts = ioi_prompts(model, N_PROMPTS)
+    clean, corrupted = prompts.tokens, prompts.corrupted[corruption]
+    case = (clean, corrupted, LogitDiff(prompts.answers), site)
+    n_layers, n_positions = model.cfg.n_layers, clean.shape[1]
+    first = int((clean != corrupted).any(0).nonzero()[0])  # position that differs
+    widths = {"resid_pre": n_positions, "z": model.cfg.n_heads, "q": model.cfg.n_heads}
+    width = widths.get(site, _n_key_value_heads(model))
+    patches = [(layer, index) for layer in range(n_layers) for index in range(width)]
+
+    def macs(patch: Patch) -> float:
+        layer, index = patch
+        start = first
+        if site == "resid_pre":  # left of `first` both runs are the same: nothing to do
+            start = index if index >= first else n_positions
+        return (n_layers - layer) * N_PROMPTS * (n_positions - start) * sum(block_macs(model))
+
     return Work(
         name,
         target,
         patches,
         chunks(patches, n_layers, quick),
-        lambda chosen: patch_heads(model, *pair, metric, site, chosen).mean(0),
-        transformer_lens_loop(model, *pair, metric, site),
-        hugging_face_loop(hf, *pair, metric, site),
-        lambda patch: (n_layers - patch[0]) * rows * sum(block_macs(model)),
-    )
-
-
-def residual_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) -> Work:
-    """The residual stream before every layer at every position."""
-    prompts, metric = _task(model)
-    pair = (prompts.tokens, prompts.corrupted[SHARED])
-    n_layers, n_positions = model.cfg.n_layers, pair[0].shape[1]
-    first = n_positions - _n_changed(*pair)
-    patches = [(layer, pos) for layer in range(n_layers) for pos in range(n_positions)]
-
-    def ours(chosen: Sequence[Patch]) -> Tensor:
-        layers, at = (sorted(set(part)) for part in zip(*chosen, strict=True))
-        return patch_residual(model, *pair, metric, at, layers).mean(0).flatten()
-
-    def macs(patch: Patch) -> float:
-        layer, pos = patch
-        rows = N_PROMPTS * (n_positions - pos) * (pos >= first)
-        return (n_layers - layer) * rows * sum(block_macs(model))
-
-    return Work(
-        "residual stream, layer by position",
-        0.20,
-        patches,
-        residual_chunks(patches, n_layers, quick),
-        ours,
-        transformer_lens_loop(model, *pair, metric, "resid_pre"),
-        hugging_face_loop(hf, *pair, metric, "resid_pre"),
+        our_sweep(model, *case),
+        transformer_lens_loop(model, *case),
+        hugging_face_loop(hf, *case),
         macs,
     )
 
 
 def paths_work(model: TransformerBridge, name: str, to: Sequence[Head], quick: bool) -> Work:
     """Every head to the logits, or to the queries of some heads at the last position."""
-    prompts, metric = _task(model)
-    original, new = prompts.tokens, prompts.corrupted[NOT_SHARED]
+    prompts = ioi_prompts(model, N_PROMPTS)
+    case = (prompts.tokens, prompts.corrupted[NOT_SHARED], LogitDiff(prompts.answers))
     n_layers = model.cfg.n_layers
     top = max((head.layer for head in to), default=n_layers)
     lowest = min((head.layer for head in to), default=n_layers)
@@ -160,8 +154,8 @@ def paths_work(model: TransformerBridge, name: str, to: Sequence[Head], quick: b
         0.15,
         patches,
         chunks(patches, top, quick),
-        lambda chosen: path_patch(model, original, new, metric, chosen, **options).mean(0),
-        two_pass_recipe(model, original, new, metric, to),
+        lambda chosen: path_patch(model, *case, chosen, **options).mean(0),
+        two_pass_recipe(model, *case, to),
         None,
         lambda patch: (
             N_PROMPTS * ((top - patch[0]) * mlp + (n_layers - lowest) * (mlp + attention))
@@ -199,7 +193,7 @@ def ablation_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) ->
         chunks(patches, cfg.n_layers, quick),
         ours,
         transformer_lens,
-        hugging_face_ablation(hf, second_half, tokens),
+        hugging_face_loop(hf, tokens, tokens, second_half, "z", mean=True),
         lambda patch: (cfg.n_layers - patch[0]) * rows * sum(block_macs(model)) + unembedded,
     )
 
@@ -208,7 +202,7 @@ def chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
     """Turns: ours the whole sweep, the references a third of it, spread over the layers.
 
     Quick: one turn of a quarter of the layers, those in the middle, which have as many blocks above
-    them as all layers have on average; the references get one head of every other one.
+    them as all layers have on average; the references get one patch of every other one.
     """
     if not quick:
         thirds = [range(n_layers)[i::3] for i in range(min(3, n_layers))]
@@ -217,17 +211,7 @@ def chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
     middle = range(n_layers // 2 - half, n_layers // 2 + half)
     ours = [patch for patch in patches if patch[0] in middle]
     by_layer = [[patch for patch in ours if patch[0] == layer] for layer in middle[::2]]
-    return [(ours, [found[i % len(found)] for i, found in enumerate(by_layer)])]
-
-
-def residual_chunks(patches: Sequence[Patch], n_layers: int, quick: bool) -> list[Chunk]:
-    """As `chunks`; the references get every fourth position of every fourth layer."""
-    found = chunks(patches, n_layers, quick)
-    if not quick:
-        return found
-    ours = found[0][0]
-    layers = sorted({layer for layer, _ in ours})[::4]
-    return [(ours, [(layer, pos) for layer, pos in ours if layer in layers and pos % 4 == 2])]
+    return [(ours, [found[-1 - i % len(found)] for i, found in enumerate(by_layer)])]
 
 
 def block_macs(model: TransformerBridge) -> tuple[int, int]:
@@ -240,13 +224,3 @@ def block_macs(model: TransformerBridge) -> tuple[int, int]:
 
 def _n_key_value_heads(model: TransformerBridge) -> int:
     return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
-
-
-def _n_changed(clean: Tensor, corrupted: Tensor) -> int:
-    """Positions from the first one that differs on."""
-    return clean.shape[1] - int((clean != corrupted).any(0).nonzero()[0])
-
-
-def _task(model: TransformerBridge):
-    prompts = ioi_prompts(model, N_PROMPTS)
-    return prompts, LogitDiff(prompts.answers)

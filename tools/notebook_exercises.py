@@ -5,18 +5,15 @@ A stub is a code cell with `raise NotImplementedError()`. The next code cell che
 replaces the whole stub cell.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+from nbformat import NotebookNode
 
 from utils.exercises import RIGHT, UNTRIED, Exercise
-from utils.files import write_file
 
 STUB = "raise NotImplementedError()"
 COMPARED = "nbval-check-output"
@@ -32,7 +29,7 @@ class Place(NamedTuple):
     exercise: Exercise
 
 
-def find_exercises(notebook: nbformat.NotebookNode) -> list[Place]:
+def find_exercises(notebook: NotebookNode) -> list[Place]:
     """The exercises of a notebook, in order.
 
     Raises ValueError for a stub without a check or a solution before the next stub.
@@ -60,13 +57,13 @@ def find_exercises(notebook: nbformat.NotebookNode) -> list[Place]:
     return places
 
 
-def mark_checks(notebook: nbformat.NotebookNode) -> None:
+def mark_checks(notebook: NotebookNode) -> None:
     """Tag every check cell so that nbval compares its line, which says "not attempted yet"."""
     for place in find_exercises(notebook):
         _expect(notebook.cells[place.check], f"{place.exercise}: {UNTRIED}.\n")
 
 
-def solve(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def solve(notebook: NotebookNode) -> NotebookNode:
     """A copy with every stub replaced by its solution and every check expected to say "right"."""
     solved = copy.deepcopy(notebook)
     for place in find_exercises(notebook):
@@ -78,20 +75,13 @@ def solve(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return solved
 
 
-def write_solved(path: Path, folder: Path) -> Path:
-    """Write the solved copy of the notebook at `path` into `folder` and return where it is."""
-    target = Path(folder) / path.name
-    write_file(target, nbformat.writes(solve(nbformat.read(path, as_version=4))) + "\n")
-    return target
-
-
-def _checks_module(notebook: nbformat.NotebookNode) -> object | None:
+def _checks_module(notebook: NotebookNode) -> object | None:
     source = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     found = re.search(r"import (\w+_exercises) as checks", source)
     return importlib.import_module(found[1]) if found else None
 
 
-def _expect(cell: nbformat.NotebookNode, text: str) -> None:
+def _expect(cell: NotebookNode, text: str) -> None:
     tags = cell.metadata.get("tags", [])
     cell.metadata["tags"] = tags if COMPARED in tags else [*tags, COMPARED]
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]

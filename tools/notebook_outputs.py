@@ -5,8 +5,6 @@ marker may name another project's folder: `<!-- results:start project-1-inductio
 A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`.
 """
 
-from __future__ import annotations
-
 import base64
 import copy
 import re
@@ -14,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from nbformat import NotebookNode
 
 from tools.notebook_exercises import mark_checks
 from tools.notebook_run import execute
@@ -36,12 +35,16 @@ MARKED = re.compile(
 
 
 def refresh(paths: list[Path]) -> None:
-    """Run the notebooks and rewrite their committed outputs, results, pictures and tables."""
+    """Run the notebooks and rewrite their committed outputs, results and pictures.
+
+    Nothing is written of a run that failed. Raises as `execute` does, and ValueError for a notebook
+    that is too large or that did not write one ledger.
+    """
     for path in paths:
-        notebook = nbformat.read(path, as_version=4)
+        notebook, results = nbformat.read(path, as_version=4), path.parent / "results"
         seeds = run_seeds(notebook, path)
         if seeds:  # before the full run, which shows the spread
-            write_json(path.parent / "results" / SEEDS_FILE, seeds)
+            write_json(results / SEEDS_FILE, seeds)
         label, ledger = _run(notebook, path, STORED_ENV, path.stem)
         clean(notebook)
         mark_checks(notebook)
@@ -49,24 +52,19 @@ def refresh(paths: list[Path]) -> None:
         if len(content) > MAX_BYTES:
             raise ValueError(f"{path.name}: got {len(content)} bytes, want at most {MAX_BYTES}")
         write_file(path, content)
-        write_json(
-            path.parent / "results" / f"{label}.json", merge_seeds(ledger, list(seeds.values()))
-        )
+        write_json(results / f"{label}.json", merge_seeds(ledger, list(seeds.values())))
         write_figures(notebook, path.parent)
-    write_readmes()
 
 
-def run_seeds(notebook: nbformat.NotebookNode, path: Path) -> dict[str, dict]:
+def run_seeds(notebook: NotebookNode, path: Path) -> dict[str, dict]:
     """Ledgers of part A alone, for the other seeds of the toy; empty if there is no part A."""
+    part_b = re.compile(r"^# Part B\b", re.MULTILINE)
+    cells = notebook.cells
     starts = [
-        i
-        for i, cell in enumerate(notebook.cells)
-        if cell.cell_type == "markdown" and re.search(r"^# Part B\b", cell.source, re.MULTILINE)
+        i for i, c in enumerate(cells) if c.cell_type == "markdown" and part_b.search(c.source)
     ]
-    if not starts:
-        return {}
     seeds = {}
-    for seed in OTHER_SEEDS:
+    for seed in OTHER_SEEDS if starts else ():
         part = copy.deepcopy(notebook)
         part.cells = part.cells[: starts[0]]
         env = STORED_ENV | {"TOY_SEED": str(seed), "PLOTLY_RENDERER": "json"}
@@ -74,9 +72,7 @@ def run_seeds(notebook: nbformat.NotebookNode, path: Path) -> dict[str, dict]:
     return seeds
 
 
-def _run(
-    notebook: nbformat.NotebookNode, path: Path, env: dict[str, str], label: str
-) -> tuple[str, dict]:
+def _run(notebook: NotebookNode, path: Path, env: dict[str, str], label: str) -> tuple[str, dict]:
     """Execute and return the model's label and the ledger that the run wrote."""
     with tempfile.TemporaryDirectory() as folder:
         execute(notebook, path.parent, env | {"MECH_INTERP_RESULTS": folder}, label)
@@ -86,17 +82,14 @@ def _run(
         return written[0].stem, read_json(written[0])
 
 
-def clean(notebook: nbformat.NotebookNode) -> None:
+def clean(notebook: NotebookNode) -> None:
     """Leave only what a reader needs, in place; a second run then gives the same file.
 
     Drops progress bars (stderr) and what names this machine or this run.
     """
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        }
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(metadata)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
@@ -114,18 +107,17 @@ def _fixed_names(html: str, cell_id: str) -> str:
     return html
 
 
-def write_figures(notebook: nbformat.NotebookNode, project: Path) -> None:
+def write_figures(notebook: NotebookNode, project: Path) -> None:
     """Write the pictures of cells tagged for the README. Raises ValueError for one without any."""
     for cell in notebook.cells:
         for tag in cell.metadata.get("tags", []):
             if tag.startswith(FIGURE_TAG):
                 name = tag.removeprefix(FIGURE_TAG)
-                pictures = [
-                    o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})
-                ]
-                if not pictures:
+                shown = [o.data for o in cell.outputs if "image/png" in o.get("data", {})]
+                if not shown:
                     raise ValueError(f"{tag}: its cell shows no picture")
-                write_file(project / "figures" / f"{name}.png", base64.b64decode(pictures[0]))
+                picture = base64.b64decode(shown[0]["image/png"])
+                write_file(project / "figures" / f"{name}.png", picture)
 
 
 def write_readmes() -> None:
@@ -136,9 +128,7 @@ def write_readmes() -> None:
 
 def readmes() -> list[Path]:
     """The READMEs that show results: the top one and those of the projects."""
-    return [
-        p for p in (ROOT / "README.md", *sorted(ROOT.glob("project-*/README.md"))) if p.exists()
-    ]
+    return sorted([*ROOT.glob("README.md"), *ROOT.glob("project-*/README.md")])
 
 
 def with_tables(readme: Path) -> str:

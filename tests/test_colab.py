@@ -1,0 +1,195 @@
+"""The set-up cell where a learner may run it, and what it installs on Colab."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+
+import nbformat
+import pytest
+
+from utils.colab import install_missing
+from utils.files import ROOT
+
+NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+CELL = """\
+import os
+import sys
+
+URL = "https://github.com/mech-interp-replications/mech-interp-replications"
+places = ["./" + "../" * n for n in range(9)] + ["mech-interp-replications/"]  # or fetched there
+root = next((p for p in places if os.path.exists(p + "utils/exercises.py")), places[-1])
+if not os.path.exists(root + "utils") and os.system(f"git clone --depth=1 {URL}") != 0:
+    raise RuntimeError(f"Repository not found: unpack {URL}/archive/HEAD.zip, open this inside it.")
+sys.path.insert(0, os.path.abspath(root))
+from utils.colab import set_up
+
+set_up("PROJECT")
+"""
+
+
+def setup_cell(path):
+    notebook = nbformat.read(path, as_version=4)
+    source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return source if "utils.colab" in source else CELL.replace("PROJECT", path.parent.name)
+
+
+# The cell on its own, on a machine where git and pip are replaced by recorders
+
+MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder, a bin folder that is the whole PATH, and a pip that only logs."""
+    for name in ("here", "bin", "packages/pip"):
+        (tmp_path / name).mkdir(parents=True)
+    log = str(tmp_path / "pip.log")
+    pip = f"import pathlib, sys\npathlib.Path({log!r}).write_text(sys.argv[-1])"
+    (tmp_path / "packages/pip/__init__.py").touch()  # else the real pip would come first
+    (tmp_path / "packages/pip/__main__.py").write_text(pip)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    return tmp_path
+
+
+def fake_git(folder, script):
+    git = folder / "bin" / "git"
+    git.write_text(f'#!/bin/sh\necho "$@" > {folder}/git.log\n{script}\n')
+    git.chmod(0o755)
+
+
+def clone(project):
+    """A script that leaves what the cell needs of the repository."""
+    copy = "mech-interp-replications"
+    return f"""
+{MKDIR} -p {copy}/utils {copy}/{project}
+: > {copy}/utils/__init__.py
+: > {copy}/utils/exercises.py
+echo 'no-such-package>=1' > {copy}/requirements.txt
+{CP} {ROOT}/utils/colab.py {copy}/utils
+"""
+
+
+def run_setup(path, cwd, before=""):
+    after = "import os, utils.colab; print(utils.colab.ROOT, os.getcwd(), sys.path[1], sep='\\n')"
+    source = "\n".join([before, setup_cell(path), after])
+    return subprocess.run([sys.executable, "-c", source], cwd=cwd, capture_output=True, text=True)
+
+
+@every_notebook
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_setup_finds_the_repository_it_is_in(path, depth, alone):
+    fake_git(alone, "exit 1")
+    done = run_setup(path, [ROOT, path.parent, ROOT / ".github/workflows"][depth])
+    assert done.stdout.splitlines() == [str(ROOT), str(path.parent), str(path.parent)]
+    assert not (alone / "git.log").exists()
+    assert not (alone / "pip.log").exists()
+
+
+@every_notebook
+@pytest.mark.parametrize("git", ["missing", "failing"])
+def test_setup_without_a_network_says_what_to_do(path, git, alone):
+    if git == "failing":
+        fake_git(alone, "exit 128")
+    done = run_setup(path, alone / "here")
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert re.match(r"RuntimeError: Repository not found: unpack https://\S+\.zip, open", message)
+
+
+@every_notebook
+def test_setup_fetches_the_repository_once_and_installs_on_colab_alone(path, alone):
+    fake_git(alone, clone(path.parent.name))
+    copy = alone / "here/mech-interp-replications"
+    found = [str(copy), str(copy / path.parent.name), str(copy / path.parent.name)]
+    done = run_setup(path, alone / "here")
+    assert (done.stdout.splitlines(), done.stderr) == (found, "")
+    assert (alone / "git.log").read_text().startswith("clone --depth=1 https://github.com/")
+    assert not (alone / "pip.log").exists()
+    fake_git(alone, "exit 128")
+    on_colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
+    done = run_setup(path, alone / "here", on_colab)
+    assert (done.stdout.splitlines()[1:], done.stderr) == (found, "")
+    assert (alone / "pip.log").read_text() == "no-such-package>=1"
+
+
+@every_notebook
+def test_setup_is_ten_lines(path):
+    assert sum(bool(line.strip()) for line in setup_cell(path).splitlines()) <= 10
+
+
+# What is installed, with packages that exist by name and version only
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that installs a made-up package, and the requirements that pip was asked for."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name, version):
+        info = tmp_path / f"{name}-0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "top_level.txt").write_text(name)
+
+    asked = []
+
+    def pip(command, **options):
+        assert command[1:5] == ["-m", "pip", "install", "-q"]
+        asked.extend(command[5:])
+        for line in command[5:]:
+            if "==" not in line:
+                install(line.split(">")[0], "9")
+        return subprocess.CompletedProcess(
+            command, 0 if "impossible>1" not in asked else 1, "", "No."
+        )
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    install("numpy", "1.26.1")
+    install("torch", "2.8.0.dev20250101+cu126")
+    install("present", "2.0")
+    install("old", "0.9")
+
+    def check(*lines):
+        file = tmp_path / "requirements.txt"
+        file.write_text("\n".join(lines))
+        install_missing(file)
+        return asked
+
+    check.asked = asked
+    return check
+
+
+KEPT = ["numpy==1.26.1", "torch==2.8.0.dev20250101+cu126"]
+
+
+def test_nothing_is_done_when_all_is_met(machine):
+    assert machine("# what we need", "", "torch>=2.6", "present>=1.5,<3  # not 3", "numpy") == []
+
+
+def test_pip_gets_what_is_missing_or_too_old_and_keeps_numpy_and_torch(machine, capsys):
+    asked = machine("torch>=2.6", "numpy>=1.26", "present>=1", "old>=1", "absent>2,<10")
+    assert asked == ["old>=1", "absent<10,>2", *reversed(KEPT)]
+    assert "Installing old>=1, absent<10,>2" in capsys.readouterr().out
+
+
+def test_a_numpy_that_is_too_old_is_not_kept(machine):
+    with pytest.raises(RuntimeError, match="numpy changed"):  # this session has imported it
+        machine("torch>=2.6", "numpy>=2")
+    assert machine.asked == ["numpy>=2", KEPT[1]]
+
+
+def test_a_restart_is_asked_for_when_an_imported_package_has_changed(machine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "old", sys)
+    with pytest.raises(RuntimeError, match=r"Restart session .*: old changed"):
+        machine("old>=1")
+    assert metadata.version("old") == "9"
+    assert machine("old>=1") == ["old>=1"]  # after it there is nothing left to install
+
+
+def test_a_failure_of_pip_is_told(machine):
+    with pytest.raises(RuntimeError, match=r"could not install impossible>1: No\."):
+        machine("impossible>1")

@@ -1,0 +1,135 @@
+"""The rooms of the repository: what each file may import, and how long it may be."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for room in ("utils", "tools", "tests", "project-*")
+    for path in ROOT.glob(f"{room}/**/*.py")
+)
+NOTEBOOKS = sorted(path.relative_to(ROOT) for path in ROOT.glob("project-*/*.ipynb"))
+
+# Lines at most. Raising a number is a decision: is what needs it worth a reader's time?
+LINES = {
+    "utils/heads.py": 150,
+    "utils/metrics.py": 150,
+    "utils/edits.py": 120,
+    "utils/ablation.py": 90,
+    "utils/patching.py": 110,
+    "utils/paths.py": 180,
+    "utils/circuit.py": 200,
+    "utils/attribution.py": 160,
+    "utils/weights.py": 170,
+    "utils/toy.py": 200,  # the analysis part ends here
+    "utils/prompts.py": 150,
+    "utils/ioi.py": 220,
+    "utils/plotting.py": 260,
+    "utils/diagram.py": 130,
+    "utils/exercises.py": 220,
+    "utils/ledger.py": 110,
+    "utils/typed.py": 60,
+    "utils/colab.py": 80,
+    "utils/__init__.py": 1,
+    "utils/engine/replay.py": 270,
+    "utils/engine/packs.py": 70,
+    "utils/engine/shortcuts.py": 60,
+    "utils/engine/__init__.py": 10,
+    "utils/models/load.py": 130,
+    "utils/models/offline.py": 100,
+    "utils/models/hub.py": 80,
+    "utils/models/__init__.py": 10,
+    "utils/**/*.py": 3299,
+    "project-1-induction-heads/*_exercises.py": 550,
+    "project-1-induction-heads/*_claims.py": 250,
+    "project-2-Indirect-Object-Identification/*_exercises.py": 550,
+    "project-2-Indirect-Object-Identification/*_claims.py": 250,
+    "tools/*.py": 1250,
+    "tools/benchmark*.py": 700,
+    "tests/*.py": 5999,
+}
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 1549
+
+
+def n_lines(*patterns):
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert len(paths) >= len(patterns), "a file is missing"
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+@pytest.mark.parametrize(("files", "most"), LINES.items())
+def test_files_are_short(files, most):
+    assert n_lines(files) <= most
+
+
+def test_the_analysis_part_is_short():
+    assert n_lines(*ANALYSIS) <= ANALYSIS_LINES
+
+
+def test_utils_has_no_other_module():
+    assert [str(p) for p in MODULES if p.parts[0] == "utils" and str(p) not in LINES] == []
+
+
+# Imports go one way: notebook -> its exercises and claims -> utils -> engine and models
+
+
+def imported(source):
+    """What a source imports, wherever in it; a name after `from` may be a module too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import by the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def source(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    return "\n".join("".join(c["source"]) for c in cells)
+
+
+def strays(path, text):
+    """What a file imports of the repository beyond its own room and those below."""
+    projects = {p.stem for p in MODULES if p.parts[0].startswith("project-")}
+    below = {
+        "utils": {"utils"},
+        "utils/engine": {"utils.engine", "utils.typed"},
+        "utils/models": {"utils.models", "utils.typed"},
+        "tools": {"utils", "tools"},
+    }.get(str(path.parent), {"utils", *(p.stem for p in MODULES if p.parent == path.parent)})
+    if path.name == "typed.py":
+        below = set()
+    return [
+        name
+        for name in imported(text)
+        if name.split(".")[0] in {"utils", "tools", "tests", *projects}
+        and not any(f"{name}.".startswith(f"{room}.") for room in below)
+    ]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES + NOTEBOOKS if p.parts[0] != "tests"], ids=str)
+def test_imports_go_one_way(path):
+    assert strays(path, source(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("utils/engine/packs.py", "from utils import heads"),
+        ("utils/models/load.py", "import utils.engine.packs"),
+        ("utils/typed.py", "from utils.heads import Head"),
+        ("utils/heads.py", "def f():\n    from tools import notebooks"),
+        ("utils/heads.py", "import induction_exercises"),
+        ("tools/notebooks.py", "from tests import planted"),
+        ("project-1-induction-heads/induction_exercises.py", "import ioi_exercises"),
+    ],
+)
+def test_an_import_of_what_stands_above_is_found(path, text):
+    assert len(strays(Path(path), text)) == 1

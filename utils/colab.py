@@ -1,0 +1,68 @@
+"""What a notebook's first cell needs: its project's folder and, on Colab, the missing packages.
+
+Imports nothing that a bare Colab session lacks.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ("numpy", "torch")  # large, built for the machine, and imported by everything else
+
+
+def set_up(project: str) -> None:
+    """Work in a project's folder, with its modules and ours on the path; on Colab, install.
+
+    Raises RuntimeError as `install_missing` does.
+    """
+    folder = ROOT / project
+    os.chdir(folder)  # relative files such as results/toy_seeds.json
+    sys.path[:0] = [str(ROOT), str(folder)]
+    if "google.colab" in sys.modules:
+        install_missing(ROOT / "requirements.txt")
+
+
+def install_missing(requirements: Path) -> None:
+    """Install the lines of a requirements file that what is installed does not meet.
+
+    pip gets those lines alone, and leaves numpy and torch at their versions if these meet theirs.
+    Raises RuntimeError where pip fails, and where a package that is already imported has changed,
+    which takes a new session to be seen.
+    """
+    lines = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    missing = [str(requirement) for requirement in wanted if not _met(requirement)]
+    if not missing:
+        return
+    print(f"Installing {', '.join(missing)} (a minute or two) ...", flush=True)
+    kept = [f"{r.name}=={metadata.version(r.name)}" for r in wanted if r.name in KEPT and _met(r)]
+    owners = metadata.packages_distributions()
+    imported = {name for module in list(sys.modules) for name in owners.get(module, ())}
+    before = {name: metadata.version(name) for name in imported}
+    # Asking for the very version that is there pins it.
+    command = [sys.executable, "-m", "pip", "install", "-q", *missing, *kept]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"pip could not install {', '.join(missing)}: {done.stderr.strip()}")
+    importlib.invalidate_caches()
+    changed = sorted(name for name in imported if metadata.version(name) != before[name])
+    if changed:
+        raise RuntimeError(
+            f"Choose Runtime > Restart session and run this notebook again: {', '.join(changed)} "
+            "changed after having been imported."
+        )
+
+
+def _met(requirement: Requirement) -> bool:
+    """Whether a version that the line allows is installed; a development version may be it."""
+    try:
+        installed = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return False
+    return requirement.specifier.contains(installed, prereleases=True)
