@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from utils.colab import install_missing
-from utils.files import ROOT
+from utils.results import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

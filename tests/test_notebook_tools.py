@@ -10,17 +10,22 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tools import notebook_exercises, notebook_outputs, notebook_run, notebooks
+from tools.results import markdown_table
 from utils.exercises import Exercises
-from utils.files import ROOT, read_json, write_json
-from utils.ledger import markdown_table
+from utils.results import ROOT, read_json, write_json
 
 PNG = base64.b64encode(b"a picture").decode()
 HEADER = """
 import os
 import sys
 from IPython.display import HTML, display
-from utils.ledger import Ledger
-ledger = Ledger("project-1-toy", "tiny", "abc")
+from utils.ledger import Claim, Ledger
+from utils.metrics import Estimate
+claims = {
+    "toy.copying": Claim("It copies", "here", "rule", lambda figure: figure != 0.7),
+    "lm.ablation": Claim("It falls", "here", "rule", lambda effect: effect.mean > 0),
+}
+ledger = Ledger("project-1-toy", claims, "tiny", "abc")
 seed = int(os.environ.get("TOY_SEED", 0))
 """
 PART_A = """
@@ -28,11 +33,11 @@ print("progress 1%", file=sys.stderr)
 print("seed", seed)
 display({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}, raw=True)
 display(HTML("circuits-vis-0a1b2c3d-4e5f and circuits-vis-0a1b2c3d-4e50"))
-ledger.record("toy.copying", 0.5 + seed / 10, holds=seed != 2)
+ledger.record("toy.copying", 0.5 + seed / 10)
 """
 PART_B = f"""
 display({{"image/png": "{PNG}"}}, raw=True)
-ledger.record("lm.ablation", (0.25, 0.01, 8), holds=True)
+ledger.record("lm.ablation", Estimate(0.25, 0.01, 8))
 """
 
 
@@ -121,7 +126,7 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     readme = project / "README.md"
     readme.write_text("# Toy\n<!-- results:start -->\nstale\n<!-- results:end -->\nend\n")
     top = project.parent / "README.md"
-    top.write_text("<!-- results:start project-1-toy -->\n<!-- results:end -->\n")
+    top.write_text("<!-- summary:start project-1-toy lm.ablation -->\n<!-- summary:end -->\n")
     assert notebooks.main(["outputs"]) == 0
 
     seeds = read_json(project / "results" / "toy_seeds.json")
@@ -131,15 +136,20 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     }
     ledger = read_json(project / "results" / "tiny.json")
     toy, lm = ledger["claims"]
-    assert (toy["measured"], toy["n"], toy["holds"]) == (0.6, 3, False)
+    assert (toy["measured"], toy["n"], toy["verdict"]) == (0.6, 3, "does not hold")
     assert toy["holds_in"] == "2/3"
-    assert (lm["measured"], lm["n"], lm["holds"]) == (0.25, 8, True)
+    assert (lm["measured"], lm["n"], lm["verdict"]) == (0.25, 8, "holds")
 
     assert (project / "figures" / "effect.png").read_bytes() == b"a picture"
     assert markdown_table(ledger) in readme.read_text()
     assert "stale" not in readme.read_text()
     assert readme.read_text().endswith("end\n")
-    assert markdown_table(ledger) in top.read_text()
+    for line in (
+        "1 of 2 claims hold for `tiny`",
+        "- It falls. Here",
+        "not hold:\n\n- It copies. H",
+    ):
+        assert line in top.read_text()
 
     _, part_a, part_b = outputs_of(path)
     assert [o.get("text") for o in part_a] == ["seed 0\n", None]  # no progress bar

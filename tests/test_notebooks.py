@@ -7,6 +7,7 @@ import statistics
 import struct
 import subprocess
 import sys
+from importlib import import_module
 
 import nbformat
 import pytest
@@ -14,9 +15,8 @@ import pytest
 from tools.notebook_exercises import COMPARED, find_exercises, solve
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
-from utils.claims import CLAIMS
-from utils.files import ROOT, read_json, write_file
-from utils.ledger import compare
+from tools.results import compare
+from utils.results import HOLDS, ROOT, read_json, write_file
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
@@ -81,20 +81,20 @@ def test_on_random_weights_every_answer_is_right_and_no_claim_holds(
         execute(notebook, path.parent, env, f"{path.stem}, random weights")
     assert [cell.outputs[0].text for cell in checks] == wanted
     (written,) = tmp_path.glob("*/*.json")
-    verdicts = {claim["id"]: claim["holds"] for claim in read_json(written)["claims"]}
-    about_the_model = {i: holds for i, holds in verdicts.items() if not i.startswith("toy.")}
+    verdicts = {claim["id"]: claim["verdict"] for claim in read_json(written)["claims"]}
+    about_the_model = {i: v for i, v in verdicts.items() if not i.startswith("toy.")}
     committed = read_json(path.parent / "results" / f"{MODEL}.json")
     assert set(verdicts) == {claim["id"] for claim in committed["claims"]}
     assert about_the_model
-    assert [i for i, holds in about_the_model.items() if holds] == []
+    assert [i for i, verdict in about_the_model.items() if verdict == HOLDS] == []
 
 
 @every_notebook
 def test_every_claim_of_the_notebook_is_tested(path):
     committed = {c["id"] for c in read_json(path.parent / "results" / f"{MODEL}.json")["claims"]}
-    prefixes = {i.split(".")[0] for i in committed}
-    for_all = {i for i, claim in CLAIMS.items() if claim.only_for in (None, MODEL)}
-    assert committed == {i for i in for_all if i.split(".")[0] in prefixes}
+    (module,) = path.parent.glob("*_claims.py")
+    claims = import_module(module.stem).CLAIMS
+    assert committed == {i for i, claim in claims.items() if claim.only_for in (None, MODEL)}
 
 
 # What a reader sees
@@ -199,14 +199,14 @@ def test_every_figure_has_a_picture_that_github_shows(path):
 @pytest.mark.parametrize("readme", readmes(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_readme_tables_are_those_of_the_committed_results(readme):
     text = readme.read_text(encoding="utf-8")
-    assert "<!-- results:start" in text
+    assert re.search("<!-- (results|summary):start", text)
     assert with_tables(readme) == text, "run `make outputs`, or python -m tools.notebooks readme"
 
 
 @every_notebook
 def test_the_top_readme_shows_every_project(path):
     text, project = (ROOT / "README.md").read_text(encoding="utf-8"), path.parent.name
-    assert f"<!-- results:start {project} -->" in text
+    assert f"<!-- summary:start {project} " in text
     assert f"({project}/)" in text
     assert f"]({project}/figures/" in text
     assert re.search(rf"colab\.research\.google\.com/\S+/{path.relative_to(ROOT)}\)", text)

@@ -1,7 +1,8 @@
 """What is committed of a run: outputs in the notebooks, results, README tables and pictures.
 
-A README shows the tables between `<!-- results:start -->` and `<!-- results:end -->` (the first
-marker may name another project's folder: `<!-- results:start project-1-induction-heads -->`).
+A project's README shows its tables between `<!-- results:start -->` and `<!-- results:end -->`;
+the top one shows, between `<!-- summary:start <project> <claim> ... -->` and
+`<!-- summary:end -->`, how many claims hold, the named ones, and all that do not.
 A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`.
 """
 
@@ -16,8 +17,8 @@ from nbformat import NotebookNode
 
 from tools.notebook_exercises import mark_checks
 from tools.notebook_run import execute
-from utils.files import ROOT, read_json, write_file, write_json
-from utils.ledger import markdown_table, merge_seeds
+from tools.results import markdown_table, summary
+from utils.results import ROOT, merge_seeds, read_json, write_file, write_json
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"
@@ -30,7 +31,7 @@ STORED_ENV = {
     "MECH_INTERP_MODEL": "smollm2-135m",  # the tests re-run what is committed, without a hub
 }
 MARKED = re.compile(
-    r"(<!-- results:start(?: ([\w.-]+))? -->\n).*?(<!-- results:end -->)", re.DOTALL
+    r"(<!-- (results|summary):start((?: [\w.-]+)*) -->\n).*?(<!-- \2:end -->)", re.DOTALL
 )
 
 
@@ -138,10 +139,13 @@ def with_tables(readme: Path) -> str:
     """
 
     def replace(match: re.Match) -> str:
-        project = ROOT / match[2] if match[2] else readme.parent
-        files = sorted(p for p in project.glob("results/*.json") if p.name != SEEDS_FILE)
+        start, kind, names, end = match.groups()
+        folder, *claims = names.split() or [readme.parent]
+        files = sorted(p for p in (ROOT / folder).glob("results/*.json") if p.name != SEEDS_FILE)
         if not files:
-            raise ValueError(f"{readme}: no results in {project}")
-        return match[1] + "\n" + "\n".join(map(markdown_table, files)) + "\n" + match[3]
+            raise ValueError(f"{readme}: no results in {folder}")
+        ledgers = map(read_json, files)
+        texts = [summary(x, claims) if kind == "summary" else markdown_table(x) for x in ledgers]
+        return start + "\n" + "\n".join(texts) + "\n" + end
 
     return MARKED.sub(replace, readme.read_text(encoding="utf-8"))

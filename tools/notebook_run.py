@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from utils.files import ROOT, write_file
+from utils.results import ROOT, write_file
 
 BUILD = ROOT / "build"
 # Interactive both in Jupyter (first form) and in the page that nbconvert makes (second form).

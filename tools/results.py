@@ -1,9 +1,10 @@
 """Results for maintainers: what differs between two runs, and a README's tables."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results import cells, read_json, verdict
+from utils.results import HOLDS, cells, read_json, verdict
 
 
 def compare(fresh: dict, committed: dict) -> list[str]:
@@ -48,6 +49,27 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
     if abs(a - b) > tolerance:
         found.append(f"{new['id']}: measured {a}, committed {b} ± {tolerance:.2g}")
     return found
+
+
+def summary(ledger: dict, claim_ids: Sequence[str]) -> str:
+    """How many claims hold, the named ones of them, and all that do not, as Markdown.
+
+    Raises ValueError for an id that is not in the ledger.
+    """
+    claims = {claim["id"]: claim for claim in ledger["claims"]}
+    if unknown := [i for i in claim_ids if i not in claims]:
+        raise ValueError(f"claim_ids: got {unknown}, have {', '.join(claims)}")
+    held = [i for i, claim in claims.items() if claim["verdict"] == HOLDS]
+    head = f"{len(held)} of {len(claims)} claims hold for `{ledger['model']}`, among them:\n\n"
+    text = head + "\n".join(_line(claims[i]) for i in claim_ids if i in held) + "\n"
+    failing = [_line(claim) for i, claim in claims.items() if i not in held]
+    return text + ("\nThese do not hold:\n\n" + "\n".join(failing) + "\n" if failing else "")
+
+
+def _line(claim: dict) -> str:
+    published, figure, _ = cells(claim)
+    beside = "" if published == "–" else f"; published {published}"
+    return f"- {claim['statement']}. Here {figure}{beside}."
 
 
 def markdown_table(ledger: dict | Path) -> str:
