@@ -16,11 +16,10 @@ from tqdm import tqdm
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.composition import qk_weights
-from utils.copying import ov_weights
 from utils.heads import check_heads, prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
+from utils.weights import ov_weights, qk_weights
 
 VOCAB = 64  # token 0 starts every sequence and occurs nowhere else
 LONGEST = 23  # tokens in the longest segment, so that two copies fit
