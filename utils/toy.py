@@ -145,7 +145,10 @@ def sharpest_drop(
 
 @checked
 def share_formed(
-    steps: Int[Tensor, "snapshot"], values: Float[Tensor, "snapshot"], centre: float, width: float
+    steps: Int[Tensor, "snapshot"],
+    values: Float[Tensor, "snapshot"],
+    centre: float | int,
+    width: float | int,
 ) -> float:
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 
