@@ -114,7 +114,8 @@ def ioi_prompts(
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     draws = _draw(model, n_prompts, seed)
-    kept = [i for i, frame in enumerate(FRAMES) if _is_whole(model, frame, draws[0])]
+    filled = [_fill(frame, "ABB", True, draws[0]) for frame in FRAMES]
+    kept = [i for i, text in enumerate(filled) if _is_whole(model, text)]
     if not kept:
         raise ValueError("no frame is left: the model's tokenizer splits a word in each of FRAMES")
     index = torch.arange(n_prompts)
@@ -158,12 +159,9 @@ def adversarial_prompts(
     prompts of a key are aligned, "plain" is shorter. ValueError as `ioi_prompts`.
     """
     draws = _draw(model, n_prompts, seed)
-    pairs = [
-        (f"{opening} {ADVERSARIAL_GIVING}", f"{opening} {extra} {ADVERSARIAL_GIVING}")
-        for extra in ADVERSARIAL_EXTRAS
-        for opening in ADVERSARIAL_OPENINGS
-    ]
-    kept = [(plain, longer) for plain, longer in pairs if _is_whole(model, longer, draws[0])]
+    pairs = [(a, f"{a} {extra}") for extra in ADVERSARIAL_EXTRAS for a in ADVERSARIAL_OPENINGS]
+    pairs = [[f"{start} {ADVERSARIAL_GIVING}" for start in pair] for pair in pairs]
+    kept = [pair for pair in pairs if _is_whole(model, _fill(pair[1], "ABBA", True, draws[0]))]
     if not kept:
         raise ValueError("no sentence is left: the model's tokenizer splits a word in each of them")
     prompts = {}
@@ -199,10 +197,8 @@ def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str,
     check_count("n_prompts", n_prompts)
     names = single_token_names(model)
     if len(names) < 5:
-        raise ValueError(
-            f"want at least 5 names that are one token in the model's tokenizer, {len(names)} of "
-            f"{len(NAMES)} remain: {', '.join(names) or 'none'}"
-        )
+        remain = f"{len(names)} of {len(NAMES)} remain: {', '.join(names) or 'none'}"
+        raise ValueError(f"want at least 5 names that the model's tokenizer keeps whole, {remain}")
     pools = {"place": _single_tokens(model, PLACES), "object": _single_tokens(model, OBJECTS)}
     for slot, pool in pools.items():
         if not pool:
@@ -244,9 +240,8 @@ def _ids(model: TransformerBridge, text: str) -> list[int]:
     return model.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _is_whole(model: TransformerBridge, text: str, drawn: dict[str, str] | None = None) -> bool:
-    """Whether every word (filled in from `drawn`) and punctuation mark is a token of its own."""
-    text = _fill(text, "ABBA", True, drawn) if drawn else text
+def _is_whole(model: TransformerBridge, text: str) -> bool:
+    """Whether every word and punctuation mark is a token of its own."""
     ids = _ids(model, text)
     # an unknown word is one token too, but does not spell the word
     spelled = model.tokenizer.decode(ids).split() == text.split()

@@ -141,6 +141,7 @@ def name_copying_score(
     heads = check_heads(model, heads)
     tokens = torch.nn.functional.pad(names[:, None], (1, 0), value=start_token(model))
     check_tokens(model, tokens, "names")
+    tokens = tokens.to(model.cfg.device)
     stream = "blocks.0.hook_resid_post"
     with model.hooks(fwd_hooks=last_position_hooks()):
         cache = model.run_with_cache(tokens, names_filter=[stream], stop_at_layer=1)[1]
