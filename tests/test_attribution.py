@@ -47,102 +47,89 @@ def make_task(model):
     return tokens, corrupted, tokens[:, [4, 8]]
 
 
-@pytest.fixture
-def task(model_pair):
-    """Three prompts, and the two answers."""
-    return make_task(model_pair[0])[::2]
+class HuggingFace:
+    """A run of the untouched model: what the modules gave at the end, read as logit difference."""
 
-
-def hf_parts(hf):
-    """Blocks, attention modules, their output projections, MLPs, last norm."""
-    if hasattr(hf, "transformer"):
-        blocks = hf.transformer.h
-        attns = [block.attn for block in blocks]
-        return blocks, attns, [attn.c_proj for attn in attns], hf.transformer.ln_f
-    blocks = hf.model.layers
-    attns = [block.self_attn for block in blocks]
-    return blocks, attns, [attn.o_proj for attn in attns], hf.model.norm
-
-
-def hf_run(hf, tokens):
-    """A run of the untouched model: what every module of interest got and gave, at the end."""
-    blocks, attns, projections, norm = hf_parts(hf)
-    got, given, handles = {}, {}, []
-
-    def keep(module, args, out):
-        out = out[0] if isinstance(out, tuple) else out
-        given[module] = out[:, -1] if out.shape[0] == len(tokens) else out[:, -1].expand(3, -1)
-        if args and args[0].ndim == 3:
-            got[module] = args[0][:, -1]
-
-    embeddings = [hf.get_input_embeddings()]
-    if hasattr(hf, "transformer"):
-        embeddings.append(hf.transformer.wpe)
-    mlps = [block.mlp for block in blocks]
-    for module in [*embeddings, *attns, *projections, *mlps, *blocks, norm]:
-        handles.append(module.register_forward_hook(keep))
-    try:
-        logits = hf(tokens).logits
-    finally:
+    def __init__(self, hf, tokens, answers):
+        gpt2 = hasattr(hf, "transformer")
+        body = hf.transformer if gpt2 else hf.model
+        blocks, self.norm = (body.h, body.ln_f) if gpt2 else (body.layers, body.norm)
+        self.embeddings = [body.wte, body.wpe] if gpt2 else [body.embed_tokens]
+        self.attns = [block.attn if gpt2 else block.self_attn for block in blocks]
+        self.outs = [attn.c_proj if gpt2 else attn.o_proj for attn in self.attns]
+        self.gpt2, self.hf, self.blocks, self.got, self.given = gpt2, hf, blocks, {}, {}
+        mlps = [block.mlp for block in blocks]
+        modules = [*self.embeddings, *self.attns, *self.outs, *mlps, *blocks, self.norm]
+        handles = [module.register_forward_hook(self.keep) for module in modules]
+        self.logits = hf(tokens).logits
         for handle in handles:
             handle.remove()
-    return got, given, embeddings, logits
+        self.directions = hf.lm_head.weight[answers[:, 0]] - hf.lm_head.weight[answers[:, 1]]
+        self.bias = (self.norm.bias * self.directions).sum(-1) if gpt2 else torch.zeros(3)
+
+    def keep(self, module, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        self.given[module] = out[:, -1].expand(3, -1)  # positions are embedded once for all
+        if args and args[0].ndim == 3:
+            self.got[module] = args[0][:, -1]
+
+    def read(self, part):
+        """Of a part of the last residual stream, by the norm's own formula."""
+        last = self.got[self.norm]
+        if not self.gpt2:
+            scale = (last.pow(2).mean(-1) + self.norm.variance_epsilon).sqrt()
+        else:
+            scale = (last.var(-1, unbiased=False) + self.norm.eps).sqrt()
+            part = part - part.mean(-1, keepdim=True)
+        return (part / scale[:, None] * self.norm.weight * self.directions).sum(-1)
+
+    def read_heads(self, layer):
+        """What each head of a layer writes, value biases left out (they belong to b_O)."""
+        z, weight = self.got[self.outs[layer]], self.outs[layer].weight
+        if self.gpt2:
+            values, from_v = self.attns[layer].c_attn, slice(2 * z.shape[1], None)
+            into = self.blocks[layer].ln_1.bias
+            z, weight = z - into @ values.weight[:, from_v] - values.bias[from_v], weight.T
+        columns = torch.arange(z.shape[1]).chunk(self.hf.config.num_attention_heads)
+        return torch.stack([self.read(z[:, c] @ weight[:, c].T) for c in columns], dim=1)
 
 
-def hf_reader(hf, answers, last):
-    """Logit difference of a part of the last residual stream, by the norm's own formula."""
-    norm = hf_parts(hf)[-1]
-    directions = hf.lm_head.weight[answers[:, 0]] - hf.lm_head.weight[answers[:, 1]]
-    centres = hasattr(hf, "transformer")
-    eps = norm.eps if centres else norm.variance_epsilon
-    spread = last.var(-1, unbiased=False) if centres else last.pow(2).mean(-1)
-
-    def read(part):
-        part = part - part.mean(-1, keepdim=True) if centres else part
-        return (part / (spread[:, None] + eps).sqrt() * norm.weight * directions).sum(-1)
-
-    bias = (norm.bias * directions).sum(-1) if centres else torch.zeros(len(answers))
-    return read, bias
+@pytest.fixture
+def run(model_pair):
+    """Prompts and answers, and what the untouched model makes of them."""
+    tokens, _, answers = make_task(model_pair[0])
+    return tokens, answers, HuggingFace(model_pair[1], tokens, answers)
 
 
-def test_components_equal_hugging_face_hooks(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    got, given, embeddings, logits = hf_run(hf, tokens)
-    blocks, attns, _, norm = hf_parts(hf)
-    read, bias = hf_reader(hf, answers, got[norm])
-    modules = [*embeddings]
-    for block, attn in zip(blocks, attns, strict=True):
-        modules += [attn, block.mlp]
-    want = torch.stack([read(given[module]) for module in modules] + [bias], dim=1)
-    result = direct_logit_attribution(model, tokens, answers)
+def test_components_equal_hugging_face_hooks(model_pair, run):
+    tokens, answers, hf = run
+    modules, labels = [*hf.embeddings], ["embed", "pos_embed"][: len(hf.embeddings)]
+    for layer, block in enumerate(hf.blocks):
+        modules += [hf.attns[layer], block.mlp]
+        labels += [f"{layer}_attn_out", f"{layer}_mlp_out"]
+    want = torch.stack([hf.read(hf.given[module]) for module in modules] + [hf.bias], dim=1)
+    result = direct_logit_attribution(model_pair[0], tokens, answers)
+    assert result.labels == [*labels, "b_U"]
     torch.testing.assert_close(result.values, want, **CLOSE)
-    torch.testing.assert_close(result.values.sum(1), logit_diff(logits, answers), **CLOSE)
-    sublayers = [f"{la}_{out}" for la in range(len(blocks)) for out in ("attn_out", "mlp_out")]
-    assert result.labels == ["embed", "pos_embed"][: len(embeddings)] + sublayers + ["b_U"]
+    torch.testing.assert_close(result.values.sum(1), logit_diff(hf.logits, answers), **CLOSE)
 
 
-def hf_head_outputs(hf, tokens, answers, layer):
-    """What each head of a layer writes, value biases left out (they belong to b_O)."""
-    got = hf_run(hf, tokens)[0]
-    blocks, attns, projections, norm = hf_parts(hf)
-    read = hf_reader(hf, answers, got[norm])[0]
-    z, weight = got[projections[layer]], projections[layer].weight
-    if hasattr(hf, "transformer"):
-        values = attns[layer].c_attn
-        from_v = slice(2 * z.shape[1], None)
-        shift = blocks[layer].ln_1.bias @ values.weight[:, from_v] + values.bias[from_v]
-        z, weight = z - shift, weight.T
-    n_heads = hf.config.num_attention_heads
-    columns = torch.arange(z.shape[1]).chunk(n_heads)
-    return torch.stack([read(z[:, c] @ weight[:, c].T) for c in columns], dim=1)
+def test_heads_equal_hugging_face_hooks(model_pair, run):
+    tokens, answers, hf = run
+    result = head_attribution(model_pair[0], tokens, answers)
+    for layer in range(len(hf.blocks)):
+        torch.testing.assert_close(result[:, layer], hf.read_heads(layer), **CLOSE)
 
 
-def test_heads_equal_hugging_face_hooks(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    result = head_attribution(model, tokens, answers)
-    for layer in (0, 2):
-        want = hf_head_outputs(hf, tokens, answers, layer)
-        torch.testing.assert_close(result[:, layer], want, **CLOSE)
+def test_logit_lens_equals_hugging_face_hidden_states(model_pair, run):
+    tokens, answers, hf = run
+    labels, values = logit_lens(model_pair[0], tokens, answers)
+    for layer in range(1, len(hf.blocks)):
+        before = hf.given[hf.blocks[layer - 1]]
+        between = before + hf.given[hf.attns[layer]]
+        for label, stream in ((f"{layer}_pre", before), (f"{layer}_mid", between)):
+            column = values[:, labels.index(label)]
+            torch.testing.assert_close(column, hf.read(stream) + hf.bias, **CLOSE)
 
 
 @pytest.mark.parametrize("model", ARCHITECTURES, indirect=True)
@@ -164,22 +151,6 @@ def test_the_parts_add_up(model):
         torch.testing.assert_close(heads[:, layer] + (bias * directions).sum(-1), want, **CLOSE)
 
 
-def test_logit_lens_equals_hugging_face_hidden_states(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    got, given, _, _ = hf_run(hf, tokens)
-    blocks, attns, _, norm = hf_parts(hf)
-    read, bias = hf_reader(hf, answers, got[norm])
-    result = logit_lens(model, tokens, answers)
-    for layer in range(1, len(blocks)):
-        before = given[blocks[layer - 1]]
-        for label, resid in (
-            (f"{layer}_pre", before),
-            (f"{layer}_mid", before + given[attns[layer]]),
-        ):
-            column = result.values[:, result.labels.index(label)]
-            torch.testing.assert_close(column, read(resid) + bias, **CLOSE)
-
-
 @pytest.mark.parametrize(
     ("model", "halves"),
     [("neox", ["pre"]), ("toy", ["pre"]), ("llama", ["pre", "mid"])],
@@ -191,8 +162,9 @@ def test_logit_lens_has_the_half_layers_a_model_has(model, halves):
     assert logit_lens(model, tokens, answers).labels == [*want, "final_post"]
 
 
-def test_projections_equal_a_loop(model_pair, task):
-    model, (tokens, answers) = model_pair[0], task
+def test_projections_equal_a_loop(model_pair):
+    model = model_pair[0]
+    tokens, _, answers = make_task(model)
     heads, targets = [(2, 1), (0, 3)], torch.cat([answers, tokens[:, 1:2]], dim=1)
     result = head_projections(model, tokens, heads, targets)
     assert result.shape == (3, 3, 2)
@@ -207,8 +179,9 @@ def test_projections_equal_a_loop(model_pair, task):
     torch.testing.assert_close(result[:, 0] - result[:, 1], difference, **CLOSE)
 
 
-def test_attention_equals_hugging_face(model_pair, task):
-    (model, hf), (tokens, _) = model_pair, task
+def test_attention_equals_hugging_face(model_pair):
+    model, hf = model_pair
+    tokens = make_task(model)[0]
     dest, source, heads = torch.tensor([9, 4, 7]), torch.tensor([1, 4, 2]), [(2, 1), (0, 3)]
     result = attention_at(attention_patterns(model, tokens), heads, dest, source)
     attentions = hf(tokens, output_attentions=True).attentions
