@@ -3,233 +3,168 @@
 import pytest
 import torch
 from transformer_lens.tools import analysis
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from utils import attribution
 from utils.attribution import (
-    HEAD_SITES,
-    RESIDUAL_SITES,
-    Attribution,
-    attention_to,
+    attention_at,
     attribution_patching,
     direct_logit_attribution,
     head_attribution,
     head_projections,
     logit_lens,
 )
+from utils.heads import attention_patterns
 from utils.metrics import logit_diff
-from utils.models import load_hf, load_model
-from utils.prompts import induction_prompts
 from utils.toy import build_toy
 
 CLOSE = {"atol": 1e-3, "rtol": 1e-3}
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "max_position_embeddings": 64,
-}
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Parallel attention and MLP, grouped keys and values, attention only; all weights random."""
-    tokenizer = load_hf("smollm2-135m")[0].tokenizer
-    generator = torch.Generator().manual_seed(0)
-    models = {"toy": build_toy(2)}
-    models["toy"].enable_compatibility_mode()
-    for name, hf in {
-        "parallel": GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **SIZES)),
-        "grouped": LlamaForCausalLM(
-            LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **SIZES)
-        ),
-    }.items():
-        for parameter in hf.parameters():
-            with torch.no_grad():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        folder = tmp_path_factory.mktemp("random") / name
-        hf.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        models[name] = load_model(str(folder), device="cpu")
-    return models
+def toy():
+    model = build_toy(2)
+    model.enable_compatibility_mode()
+    return model
 
 
-@pytest.fixture(params=["parallel", "grouped", "toy"])
-def other(request, others):
-    return others[request.param]
+# LayerNorm and biases; attention and MLP in parallel; grouped keys and values; attention only
+ARCHITECTURES = ["random_gpt2", "neox", "llama", "toy"]
 
 
 @pytest.fixture
-def task(model_pair):
-    """Three prompts whose next token is a copy, and the two answers."""
-    prompts = induction_prompts(model_pair[0], n_prompts=3, seq_len=7)
-    return prompts.clean, prompts.answers
+def model(request):
+    return request.getfixturevalue(request.param)
 
 
-def hf_parts(hf):
-    """Blocks, attention modules, their output projections, MLPs, last norm."""
-    if hasattr(hf, "transformer"):
-        blocks = hf.transformer.h
-        attns = [block.attn for block in blocks]
-        return blocks, attns, [attn.c_proj for attn in attns], hf.transformer.ln_f
-    blocks = hf.model.layers
-    attns = [block.self_attn for block in blocks]
-    return blocks, attns, [attn.o_proj for attn in attns], hf.model.norm
+def make_task(model):
+    """Three prompts, the same with two of the tokens changed, and two answers each."""
+    tokens = torch.randint(
+        20, model.cfg.d_vocab, (3, 12), generator=torch.Generator().manual_seed(0)
+    )
+    corrupted = tokens.clone()
+    corrupted[:, [3, 7]] = tokens[:, [7, 3]]
+    return tokens, corrupted, tokens[:, [4, 8]]
 
 
-def hf_run(hf, tokens):
-    """A run of the untouched model: what every module of interest got and gave, at the end."""
-    blocks, attns, projections, norm = hf_parts(hf)
-    got, given, handles = {}, {}, []
+class HuggingFace:
+    """A run of the untouched model: what the modules gave at the end, read as logit difference."""
 
-    def keep(module, args, out):
-        out = out[0] if isinstance(out, tuple) else out
-        given[module] = out[:, -1] if out.shape[0] == len(tokens) else out[:, -1].expand(3, -1)
-        if args and args[0].ndim == 3:
-            got[module] = args[0][:, -1]
-
-    embeddings = [hf.get_input_embeddings()]
-    if hasattr(hf, "transformer"):
-        embeddings.append(hf.transformer.wpe)
-    mlps = [block.mlp for block in blocks]
-    for module in [*embeddings, *attns, *projections, *mlps, *blocks, norm]:
-        handles.append(module.register_forward_hook(keep))
-    try:
-        logits = hf(tokens).logits
-    finally:
+    def __init__(self, hf, tokens, answers):
+        gpt2 = hasattr(hf, "transformer")
+        body = hf.transformer if gpt2 else hf.model
+        blocks, self.norm = (body.h, body.ln_f) if gpt2 else (body.layers, body.norm)
+        self.embeddings = [body.wte, body.wpe] if gpt2 else [body.embed_tokens]
+        self.attns = [block.attn if gpt2 else block.self_attn for block in blocks]
+        self.outs = [attn.c_proj if gpt2 else attn.o_proj for attn in self.attns]
+        self.gpt2, self.hf, self.blocks, self.got, self.given = gpt2, hf, blocks, {}, {}
+        mlps = [block.mlp for block in blocks]
+        modules = [*self.embeddings, *self.attns, *self.outs, *mlps, *blocks, self.norm]
+        handles = [module.register_forward_hook(self.keep) for module in modules]
+        self.logits = hf(tokens).logits
         for handle in handles:
             handle.remove()
-    return got, given, embeddings, logits
+        self.directions = hf.lm_head.weight[answers[:, 0]] - hf.lm_head.weight[answers[:, 1]]
+        self.bias = (self.norm.bias * self.directions).sum(-1) if gpt2 else torch.zeros(3)
+
+    def keep(self, module, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        self.given[module] = out[:, -1].expand(3, -1)  # positions are embedded once for all
+        if args and args[0].ndim == 3:
+            self.got[module] = args[0][:, -1]
+
+    def read(self, part):
+        """Of a part of the last residual stream, by the norm's own formula."""
+        last = self.got[self.norm]
+        if not self.gpt2:
+            scale = (last.pow(2).mean(-1) + self.norm.variance_epsilon).sqrt()
+        else:
+            scale = (last.var(-1, unbiased=False) + self.norm.eps).sqrt()
+            part = part - part.mean(-1, keepdim=True)
+        return (part / scale[:, None] * self.norm.weight * self.directions).sum(-1)
+
+    def read_heads(self, layer):
+        """What each head of a layer writes, value biases left out (they belong to b_O)."""
+        z, weight = self.got[self.outs[layer]], self.outs[layer].weight
+        if self.gpt2:
+            values, from_v = self.attns[layer].c_attn, slice(2 * z.shape[1], None)
+            into = self.blocks[layer].ln_1.bias
+            z, weight = z - into @ values.weight[:, from_v] - values.bias[from_v], weight.T
+        columns = torch.arange(z.shape[1]).chunk(self.hf.config.num_attention_heads)
+        return torch.stack([self.read(z[:, c] @ weight[:, c].T) for c in columns], dim=1)
 
 
-def hf_reader(hf, answers, last):
-    """Logit difference of a part of the last residual stream, by the norm's own formula."""
-    norm = hf_parts(hf)[-1]
-    directions = hf.lm_head.weight[answers[:, 0]] - hf.lm_head.weight[answers[:, 1]]
-    centres = hasattr(hf, "transformer")
-    eps = norm.eps if centres else norm.variance_epsilon
-    spread = last.var(-1, unbiased=False) if centres else last.pow(2).mean(-1)
-
-    def read(part):
-        part = part - part.mean(-1, keepdim=True) if centres else part
-        return (part / (spread[:, None] + eps).sqrt() * norm.weight * directions).sum(-1)
-
-    bias = (norm.bias * directions).sum(-1) if centres else torch.zeros(len(answers))
-    return read, bias
+@pytest.fixture
+def run(model_pair):
+    """Prompts and answers, and what the untouched model makes of them."""
+    tokens, _, answers = make_task(model_pair[0])
+    return tokens, answers, HuggingFace(model_pair[1], tokens, answers)
 
 
-def test_components_equal_hugging_face_hooks(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    got, given, embeddings, logits = hf_run(hf, tokens)
-    blocks, attns, _, norm = hf_parts(hf)
-    read, bias = hf_reader(hf, answers, got[norm])
-    modules = [*embeddings]
-    for block, attn in zip(blocks, attns, strict=True):
-        modules += [attn, block.mlp]
-    want = torch.stack([read(given[module]) for module in modules] + [bias], dim=1)
-    result = direct_logit_attribution(model, tokens, answers)
+def test_components_equal_hugging_face_hooks(model_pair, run):
+    tokens, answers, hf = run
+    modules, labels = [*hf.embeddings], ["embed", "pos_embed"][: len(hf.embeddings)]
+    for layer, block in enumerate(hf.blocks):
+        modules += [hf.attns[layer], block.mlp]
+        labels += [f"{layer}_attn_out", f"{layer}_mlp_out"]
+    want = torch.stack([hf.read(hf.given[module]) for module in modules] + [hf.bias], dim=1)
+    result = direct_logit_attribution(model_pair[0], tokens, answers)
+    assert result.labels == [*labels, "b_U"]
     torch.testing.assert_close(result.values, want, **CLOSE)
-    torch.testing.assert_close(result.values.sum(1), logit_diff(logits, answers), **CLOSE)
-    sublayers = [f"{la}_{out}" for la in range(len(blocks)) for out in ("attn_out", "mlp_out")]
-    assert result.labels == ["embed", "pos_embed"][: len(embeddings)] + sublayers + ["b_U"]
+    torch.testing.assert_close(result.values.sum(1), logit_diff(hf.logits, answers), **CLOSE)
 
 
-def hf_head_outputs(hf, tokens, answers, layer):
-    """What each head of a layer writes, value biases left out (they belong to b_O)."""
-    got = hf_run(hf, tokens)[0]
-    blocks, attns, projections, norm = hf_parts(hf)
-    read = hf_reader(hf, answers, got[norm])[0]
-    z, weight = got[projections[layer]], projections[layer].weight
-    if hasattr(hf, "transformer"):
-        values = attns[layer].c_attn
-        from_v = slice(2 * z.shape[1], None)
-        shift = blocks[layer].ln_1.bias @ values.weight[:, from_v] + values.bias[from_v]
-        z, weight = z - shift, weight.T
-    n_heads = hf.config.num_attention_heads
-    columns = torch.arange(z.shape[1]).chunk(n_heads)
-    return torch.stack([read(z[:, c] @ weight[:, c].T) for c in columns], dim=1)
+def test_heads_equal_hugging_face_hooks(model_pair, run):
+    tokens, answers, hf = run
+    result = head_attribution(model_pair[0], tokens, answers)
+    for layer in range(len(hf.blocks)):
+        torch.testing.assert_close(result[:, layer], hf.read_heads(layer), **CLOSE)
 
 
-def test_heads_equal_hugging_face_hooks(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    result = head_attribution(model, tokens, answers)
-    for layer in (0, 2):
-        want = hf_head_outputs(hf, tokens, answers, layer)
-        torch.testing.assert_close(result[:, layer], want, **CLOSE)
+def test_logit_lens_equals_hugging_face_hidden_states(model_pair, run):
+    tokens, answers, hf = run
+    labels, values = logit_lens(model_pair[0], tokens, answers)
+    for layer in range(1, len(hf.blocks)):
+        before = hf.given[hf.blocks[layer - 1]]
+        between = before + hf.given[hf.attns[layer]]
+        for label, stream in ((f"{layer}_pre", before), (f"{layer}_mid", between)):
+            column = values[:, labels.index(label)]
+            torch.testing.assert_close(column, hf.read(stream) + hf.bias, **CLOSE)
 
 
-def test_heads_and_their_bias_are_the_attention_output(model_pair, task):
-    model, (tokens, answers) = model_pair[0], task
-    components = direct_logit_attribution(model, tokens, answers)
-    scale = model.run_with_cache(tokens)[1]["ln_final.hook_scale"][:, -1]
+@pytest.mark.parametrize("model", ARCHITECTURES, indirect=True)
+def test_the_parts_add_up(model):
+    tokens, _, answers = make_task(model)
+    want = logit_diff(model(tokens), answers)
+    assert want.abs().max() > 1e-2
+    labels, values = direct_logit_attribution(model, tokens, answers)
+    torch.testing.assert_close(values.sum(1), want, **CLOSE)
+    torch.testing.assert_close(logit_lens(model, tokens, answers).values[:, -1], want, **CLOSE)
+    # a layer's heads and its bias are its attention output
+    cache = model.run_with_cache(tokens)[1]
     directions = (model.W_U[:, answers[:, 0]] - model.W_U[:, answers[:, 1]]).T
     heads = head_attribution(model, tokens, answers).sum(-1)
     for layer, block in enumerate(model.blocks):
-        want = components.values[:, components.labels.index(f"{layer}_attn_out")]
-        b_o = block.attn.b_O
-        bias = 0 if b_o is None else ((b_o - b_o.mean()) / scale * directions).sum(-1)
-        torch.testing.assert_close(heads[:, layer] + bias, want, **CLOSE)
+        want = values[:, labels.index(f"{layer}_attn_out")]
+        bias = torch.zeros(()) if block.attn.b_O is None else block.attn.b_O
+        bias = (bias - bias.mean()) / cache["ln_final.hook_scale"][:, -1]
+        torch.testing.assert_close(heads[:, layer] + (bias * directions).sum(-1), want, **CLOSE)
 
 
-def test_every_architecture_adds_up(other):
-    prompts = induction_prompts(other, 3, 7)
-    want = logit_diff(other(prompts.clean), prompts.answers)
-    components = direct_logit_attribution(other, prompts.clean, prompts.answers)
-    lens = logit_lens(other, prompts.clean, prompts.answers)
-    torch.testing.assert_close(components.values.sum(1), want, **CLOSE)
-    torch.testing.assert_close(lens.values[:, -1], want, **CLOSE)
-    assert want.abs().max() > 1e-2
+@pytest.mark.parametrize(
+    ("model", "halves"),
+    [("neox", ["pre"]), ("toy", ["pre"]), ("llama", ["pre", "mid"])],
+    indirect=["model"],
+)
+def test_logit_lens_has_the_half_layers_a_model_has(model, halves):
+    tokens, _, answers = make_task(model)
+    want = [f"{layer}_{half}" for layer in range(model.cfg.n_layers) for half in halves]
+    assert logit_lens(model, tokens, answers).labels == [*want, "final_post"]
 
 
-def test_components_and_heads_equal_transformer_lens(other):
-    prompts = induction_prompts(other, 3, 7)
-    tokens, (right, wrong) = prompts.clean, prompts.answers.T
-    want = analysis.direct_logit_attribution(other, tokens, right, wrong)
-    result = direct_logit_attribution(other, tokens, prompts.answers)
-    torch.testing.assert_close(result.values[:, :-1].T, want.attribution)
-    heads = analysis.direct_logit_attribution(other, tokens, right, wrong, unit="head")
-    result = head_attribution(other, tokens, prompts.answers).flatten(1)
-    torch.testing.assert_close(result.T, heads.attribution[:-1], **CLOSE)
-
-
-def test_logit_lens_equals_hugging_face_hidden_states(model_pair, task):
-    (model, hf), (tokens, answers) = model_pair, task
-    got, given, _, _ = hf_run(hf, tokens)
-    blocks, attns, _, norm = hf_parts(hf)
-    read, bias = hf_reader(hf, answers, got[norm])
-    result = logit_lens(model, tokens, answers)
-    for layer in (1, len(blocks) - 1):
-        before = given[blocks[layer - 1]]
-        for label, resid in (
-            (f"{layer}_pre", before),
-            (f"{layer}_mid", before + given[attns[layer]]),
-        ):
-            column = result.values[:, result.labels.index(label)]
-            torch.testing.assert_close(column, read(resid) + bias, **CLOSE)
-
-
-def test_logit_lens_steps_are_the_components(model_pair, task):
-    model, (tokens, answers) = model_pair[0], task
-    steps = logit_lens(model, tokens, answers).values.diff(dim=1)
-    components = direct_logit_attribution(model, tokens, answers)
-    first = components.labels.index("0_attn_out")
-    torch.testing.assert_close(steps, components.values[:, first:-1], **CLOSE)
-
-
-def test_logit_lens_has_the_half_layers_a_model_has(others):
-    labels = {}
-    for name, model in others.items():
-        prompts = induction_prompts(model, 1, 7)
-        labels[name] = logit_lens(model, prompts.clean, prompts.answers).labels
-    assert labels["parallel"] == ["0_pre", "1_pre", "2_pre", "final_post"]
-    assert labels["toy"] == ["0_pre", "1_pre", "final_post"]
-    halves = [f"{layer}_{at}" for layer in range(3) for at in ("pre", "mid")]
-    assert labels["grouped"] == [*halves, "final_post"]
-
-
-def test_projections_equal_a_loop(model_pair, task):
-    model, (tokens, answers) = model_pair[0], task
+def test_projections_equal_a_loop(model_pair):
+    model = model_pair[0]
+    tokens, _, answers = make_task(model)
     heads, targets = [(2, 1), (0, 3)], torch.cat([answers, tokens[:, 1:2]], dim=1)
     result = head_projections(model, tokens, heads, targets)
     assert result.shape == (3, 3, 2)
@@ -244,178 +179,141 @@ def test_projections_equal_a_loop(model_pair, task):
     torch.testing.assert_close(result[:, 0] - result[:, 1], difference, **CLOSE)
 
 
-def test_attention_equals_hugging_face(model_pair, task):
-    (model, hf), (tokens, _) = model_pair, task
-    sources = torch.tensor([[1, 4], [0, 9], [2, 2]])
-    result = attention_to(model, tokens, [(2, 1), (0, 3)], sources)
+def test_attention_equals_hugging_face(model_pair):
+    model, hf = model_pair
+    tokens = make_task(model)[0]
+    dest, source, heads = torch.tensor([9, 4, 7]), torch.tensor([1, 4, 2]), [(2, 1), (0, 3)]
+    result = attention_at(attention_patterns(model, tokens), heads, dest, source)
     attentions = hf(tokens, output_attentions=True).attentions
-    for column, (layer, head) in enumerate([(2, 1), (0, 3)]):
-        for prompt in range(3):
-            want = attentions[layer][prompt, head, -1, sources[prompt]]
-            torch.testing.assert_close(result[prompt, :, column], want, **CLOSE)
+    for column, (layer, head) in enumerate(heads):
+        want = attentions[layer][torch.arange(3), head, dest, source]
+        torch.testing.assert_close(result[:, column], want, **CLOSE)
     assert result.std() > 0.01
 
 
 def test_small_batches_change_nothing(random_gpt2, monkeypatch):
-    prompts = induction_prompts(random_gpt2, 3, 7)
-    tokens, answers = prompts.clean, prompts.answers
-    calls = {
-        direct_logit_attribution: (answers,),
-        logit_lens: (answers,),
-        head_attribution: (answers,),
-        head_projections: ([(1, 1)], answers),
-        attention_to: ([(1, 1)], torch.tensor([[1], [2], [3]])),
-    }
-    whole = [function(random_gpt2, tokens, *rest) for function, rest in calls.items()]
-    monkeypatch.setattr("utils.metrics.MAX_LOGITS", 2 * tokens.shape[1] * random_gpt2.cfg.d_vocab)
-    for (function, rest), want in zip(calls.items(), whole, strict=True):
-        got = function(random_gpt2, tokens, *rest)
-        if isinstance(got, Attribution):
-            got, want = got.values, want.values
+    tokens, _, answers = make_task(random_gpt2)
+
+    def everything():
+        yield direct_logit_attribution(random_gpt2, tokens, answers).values
+        yield logit_lens(random_gpt2, tokens, answers).values
+        yield head_attribution(random_gpt2, tokens, answers)
+        yield head_projections(random_gpt2, tokens, [(1, 1)], answers)
+
+    whole = list(everything())
+    monkeypatch.setattr(attribution, "token_batches", lambda model, tokens: tokens.split(2))
+    for got, want in zip(everything(), whole, strict=True):
         torch.testing.assert_close(got, want)
 
 
-def pair_and_metric(model):
-    """Two prompts that differ from the first copy on, and their logit difference."""
-    prompts = induction_prompts(model, 2, 7)
-    return (prompts.clean, prompts.corrupted["value"]), lambda x: logit_diff(x, prompts.answers)
-
-
-def finite_difference(model, clean, corrupted, metric, name, where, step=0.003):
+def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003):
     """Slope of the metric on the way from the corrupted to the clean activation, by two runs."""
+    name = f"blocks.{layer}.attn.hook_z"
     wanted = model.run_with_cache(clean, names_filter=[name])[1][name]
 
     def moved(share):
-        def move(activation, hook):
-            activation = activation.clone()
-            activation[where] += share * (wanted - activation)[where]
-            return activation
+        def move(z, hook):
+            z = z.clone()
+            z[:, :, head] += share * (wanted - z)[:, :, head]
+            return z
 
-        return metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, move)]))
+        return logit_diff(model.run_with_hooks(corrupted, fwd_hooks=[(name, move)]), answers)
 
     return (moved(step) - moved(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize(
-    ("name", "site"),
-    [("random_gpt2", site) for site in HEAD_SITES + RESIDUAL_SITES]
-    + [("smollm2", site) for site in ("z", "k", "resid_pre")],
-)
-def test_attribution_patching_equals_a_finite_difference(request, name, site):
-    model = request.getfixturevalue(name)
-    pair, metric = pair_and_metric(model)
-    result = attribution_patching(model, *pair, metric, site)
-    every = slice(None)
-    for layer, place in ((1, 2), (model.cfg.n_layers - 1, -1)):
-        if site in HEAD_SITES:
-            point, where = f"blocks.{layer}.attn.hook_{site}", (every, every, place)
-        else:
-            point, where = f"blocks.{layer}.hook_{site}", (every, place)
-        want = finite_difference(model, *pair, metric, point, where)
-        torch.testing.assert_close(result[:, layer, place], want, atol=5e-3, rtol=2e-2)
-    assert result.abs().max() > 0.02
+@pytest.mark.parametrize("model", [*ARCHITECTURES, "smollm2"], indirect=True)
+def test_attribution_patching_equals_a_finite_difference(model):
+    clean, corrupted, answers = make_task(model)
+    result = attribution_patching(model, clean, corrupted, lambda x: logit_diff(x, answers))
+    assert result.shape == (3, model.cfg.n_layers, model.cfg.n_heads)
+    for layer, head in ((1, 2), (model.cfg.n_layers - 1, -1)):
+        want = finite_difference(model, clean, corrupted, answers, layer, head)
+        torch.testing.assert_close(result[:, layer, head], want, atol=5e-3, rtol=2e-2)
+    assert result.abs().max() > 0.005
+    # prompts do not mix, and one that is as the clean one has no effect
+    mixed = torch.stack([clean[0], *corrupted[1:]])
+    every = attribution_patching(model, clean, mixed, lambda x: x[:, -1, 7])
+    second = attribution_patching(model, clean[1:2], corrupted[1:2], lambda x: x[:, -1, 7])
+    torch.testing.assert_close(every[1], second[0], atol=1e-5, rtol=1e-4)
+    assert (every[0] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2"])
-def test_attribution_patching_equals_transformer_lens(request, name):
-    model = request.getfixturevalue(name)
-    prompts = induction_prompts(model, 1, 7)
-    clean, corrupted, answers = prompts.clean, prompts.corrupted["value"], prompts.answers
+@pytest.mark.parametrize("model", ["smollm2", "random_gpt2"], indirect=True)
+def test_attribution_patching_equals_transformer_lens(model):
+    clean, corrupted, answers = (part[:1] for part in make_task(model))
     with torch.enable_grad():
         scores = analysis.attribution_patch(
             model, clean, corrupted, lambda logits: logit_diff(logits, answers).sum()
         ).node_scores
-    z, mlp = (
-        attribution_patching(model, clean, corrupted, lambda x: logit_diff(x, answers), site)[0]
-        for site in ("z", "mlp_out")
-    )
-    want_z, want_mlp = torch.zeros_like(z), torch.zeros_like(mlp)
+    result = attribution_patching(model, clean, corrupted, lambda x: logit_diff(x, answers))[0]
+    want = torch.zeros_like(result)
     for node, score in scores.items():
         if node.kind == "attn_head_out":
-            want_z[node.layer, node.head] += score
-        elif node.kind == "mlp_out":
-            want_mlp[node.layer, node.position] += score
-    torch.testing.assert_close(z, want_z, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(mlp, want_mlp, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("site", HEAD_SITES + RESIDUAL_SITES)
-def test_attribution_patching_covers_the_model(others, site):
-    for name, model in others.items():
-        pair, metric = pair_and_metric(model)
-        if name == "toy" and site == "mlp_out":
-            with pytest.raises(ValueError, match="this model has no blocks"):
-                attribution_patching(model, *pair, metric, site)
-            continue
-        result = attribution_patching(model, *pair, metric, site)
-        columns = pair[0].shape[1]
-        if site in HEAD_SITES:
-            columns = 2 if name == "grouped" and site in ("k", "v") else 4
-        assert result.shape == (2, model.cfg.n_layers, columns)
-        prompt = attribution_patching(model, pair[0][1:], pair[1][1:], lambda x: x[:, -1, 7], site)
-        both = attribution_patching(model, *pair, lambda x: x[:, -1, 7], site)
-        torch.testing.assert_close(prompt[0], both[1], atol=1e-5, rtol=1e-4)
-        assert result.abs().max() > 0
-
-
-def test_a_patch_that_changes_nothing_has_no_effect(random_gpt2):
-    (clean, corrupted), metric = pair_and_metric(random_gpt2)
-    result = attribution_patching(random_gpt2, clean, corrupted, metric, "resid_pre")
-    same = (clean == corrupted).all(0)
-    assert (result[:, 0, same] == 0).all()
-    assert (result[:, 0, ~same] != 0).all()
+            want[node.layer, node.head] += score
+    torch.testing.assert_close(result, want, atol=1e-4, rtol=1e-3)
 
 
 def test_the_model_is_left_as_it_was(random_gpt2):
-    pair, metric = pair_and_metric(random_gpt2)
-    frozen = next(random_gpt2.parameters()).requires_grad_(False)
+    *pair, answers = make_task(random_gpt2)
+    expected = attribution_patching(random_gpt2, *pair, lambda x: logit_diff(x, answers))
 
     def fails(logits):
         raise RuntimeError("stop")
 
+    random_gpt2.requires_grad_(False)
     try:
-        before = [p.requires_grad for p in random_gpt2.parameters()]
-        attribution_patching(random_gpt2, *pair, metric)
-        assert [p.requires_grad for p in random_gpt2.parameters()] == before
+        frozen = attribution_patching(random_gpt2, *pair, lambda x: logit_diff(x, answers))
+        assert torch.equal(frozen, expected)
         with pytest.raises(RuntimeError, match="stop"):
             attribution_patching(random_gpt2, *pair, fails)
-        assert [p.requires_grad for p in random_gpt2.parameters()] == before
+        assert not any(p.requires_grad for p in random_gpt2.parameters())
     finally:
-        frozen.requires_grad_(True)
+        random_gpt2.requires_grad_(True)
     assert all(p.grad is None for p in random_gpt2.parameters())
     assert not any(point.fwd_hooks for point in random_gpt2.hook_dict.values())
     assert not torch.is_grad_enabled()
 
 
 TOKENS, ANSWERS = torch.ones(2, 4).long(), torch.tensor([[1, 2], [3, 4]])
+PATTERNS, AT = torch.ones(2, 3, 4, 5, 5), torch.tensor([0, 4])
 
 
 def value(logits):
     return logits[:, -1, 0]
 
 
+def attend(heads, dest, source, patterns=PATTERNS):
+    return lambda m: attention_at(patterns, heads, dest, source)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda m: direct_logit_attribution(m, TOKENS, ANSWERS[:1]),
-            r"answers must have shape \[2 2",
-        ),
-        (lambda m: logit_lens(m, TOKENS, ANSWERS[:, :1]), r"answers must have shape \[2 2\]"),
-        (lambda m: head_attribution(m, TOKENS, ANSWERS.float()), "answers must be integers"),
+        (lambda m: direct_logit_attribution(m, TOKENS, ANSWERS[:1]), "answers must be .* prompt=2"),
+        (lambda m: logit_lens(m, TOKENS, ANSWERS[:, :1]), "answers must be Int.*'prompt 2'"),
+        (lambda m: head_attribution(m, TOKENS, ANSWERS.float()), "answers must be Int"),
         (lambda m: head_attribution(m, TOKENS, -ANSWERS), r"answers must lie in 0\.\."),
-        (lambda m: logit_lens(m, TOKENS[:0], ANSWERS), "tokens is empty"),
+        (lambda m: logit_lens(m, TOKENS[:, :0], ANSWERS), "tokens is empty"),
+        (lambda m: logit_lens(m, TOKENS[:0], ANSWERS[:0]), "answers is empty"),
         (lambda m: head_projections(m, TOKENS, [], ANSWERS), "heads is empty"),
-        (
-            lambda m: head_projections(m, TOKENS, [(0, 0)], ANSWERS[:, :0]),
-            "targets must be integers",
-        ),
+        (lambda m: head_projections(m, TOKENS, [(0, 0)], ANSWERS[:, :0]), "answers is empty"),
         (lambda m: head_projections(m, TOKENS, [(3, 0)], ANSWERS), "no head L3H0"),
-        (lambda m: attention_to(m, TOKENS, [(0, 0)], ANSWERS), r"positions must lie in 0\.\.3"),
-        (lambda m: attention_to(m, TOKENS, [(0, 9)], ANSWERS), "no head L0H9"),
-        (lambda m: attribution_patching(m, TOKENS, TOKENS, value, "w"), "site must be one of"),
-        (lambda m: attribution_patching(m, TOKENS, TOKENS[:, 1:], value), "must have one shape"),
-        (lambda m: attribution_patching(m, TOKENS, TOKENS[:0], value), "corrupted is empty"),
+        (attend([(0, 0)], AT, 5 - AT), r"source must lie in 0\.\.4, got 1\.\.5"),
+        (attend([(0, 0)], -AT, AT), r"dest must lie in 0\.\.4, got -4\.\.0"),
+        (attend([(0, 0)], AT[:1], AT), "dest must be Int.* prompt=2"),
+        (attend([(0, 0)], AT, AT.float()), "source must be Int"),
+        (attend([(0, 9)], AT, AT), r"heads must lie in 0\.\.3"),
+        (attend([(3, 0)], AT, AT), r"heads' layers must lie in 0\.\.2"),
+        (attend([], AT, AT), "heads.* empty"),
+        (attend([(0, 0)], AT, AT, PATTERNS[0]), "patterns must be Float"),
+        (
+            lambda m: attribution_patching(m, TOKENS, TOKENS[:, 1:], value),
+            "corrupted must be .*pos=4",
+        ),
+        (lambda m: attribution_patching(m, TOKENS[:0], TOKENS[:0], value), "clean is empty"),
+        (lambda m: attribution_patching(m, TOKENS, -TOKENS, value), "corrupted must lie in"),
+        (lambda m: attribution_patching(m, TOKENS, TOKENS, "z"), "metric must be"),
         (
             lambda m: attribution_patching(m, TOKENS, TOKENS, lambda x: x.mean()),
             r"metric must give differentiable \[prompt\] values, got shape \(\)",

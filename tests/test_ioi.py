@@ -10,7 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from utils import ioi
-from utils.ioi import adversarial_prompts, eight_prompts, ioi_prompts, single_token_names
+from utils.ioi import (
+    adversarial_prompts,
+    eight_prompts,
+    fit_signal,
+    ioi_prompts,
+    single_token_names,
+)
 from utils.metrics import accuracy, logit_diff
 from utils.models import load_model
 
@@ -139,15 +145,6 @@ def test_corruptions_move_and_replace_only_names(model):
             assert w == want, key
 
 
-def test_the_answer_stands_nowhere_but_at_io(model):
-    prompts = ioi_prompts(model, 40, seed=1)
-    io = prompts.answers[:, :1]
-    assert ((prompts.tokens == io).sum(1) == 1).all()
-    for key in ("abc", "renamed", "renamed_swapped"):
-        for column in prompts.answers.unbind(1):
-            assert not (prompts.corrupted[key] == column[:, None]).any()
-
-
 def test_no_place_object_or_frame_contains_a_name():
     others = [*ioi.PLACES, *ioi.OBJECTS, *(w for f in ioi.FRAMES for w in f.lower().split())]
     assert not [(name, word) for name in ioi.NAMES for word in others if name.lower() in word]
@@ -162,14 +159,10 @@ def test_orders_and_frames_are_balanced(smollm2):
     pairs = zip(prompts.template.tolist(), prompts.is_abba.tolist(), strict=True)
     assert Counter(pairs) == {(f, o): 2 for f in range(n_frames) for o in (True, False)}
     assert abs(ioi_prompts(smollm2, 7).is_abba.float().sum().item() - 3.5) == 0.5
-    for order in ("ABBA", "BABA"):
-        prompts = ioi_prompts(smollm2, n_frames, order=order)
-        assert (prompts.is_abba == (order == "ABBA")).all()
-        assert prompts.template.tolist() == list(range(n_frames))
-
-
-def test_one_order_is_the_other_with_the_first_two_names_exchanged(smollm2):
-    abba, baba = (ioi_prompts(smollm2, 10, order=order) for order in ("ABBA", "BABA"))
+    abba, baba = (ioi_prompts(smollm2, n_frames, order=order) for order in ("ABBA", "BABA"))
+    assert abba.is_abba.all() and not baba.is_abba.any()
+    assert abba.template.tolist() == baba.template.tolist() == list(range(n_frames))
+    # one is the other with the first two names exchanged
     assert torch.equal(abba.corrupted["swapped"], baba.tokens)
     assert torch.equal(baba.corrupted["swapped"], abba.tokens)
     assert torch.equal(abba.answers, baba.answers)
@@ -191,12 +184,9 @@ def test_a_seed_gives_the_same_data_everywhere(smollm2):
     assert text == "When Ruth and Catherine went to the church, Michelle gave a box to"
 
 
-def test_single_token_names_are_those_that_stay_whole(model):
+def test_names_and_frames_that_are_split_are_left_out(model, few_names):
     whole = [n for n in ioi.NAMES if len(model.tokenizer.tokenize("x " + n)) == 2]
     assert single_token_names(model) == whole
-
-
-def test_names_and_frames_that_are_split_are_left_out(few_names):
     assert sorted(single_token_names(few_names)) == sorted(FEW_NAMES)
     prompts = ioi_prompts(few_names, 40)
     once = next(i for i, frame in enumerate(ioi.FRAMES) if frame.startswith("Once"))
@@ -213,24 +203,26 @@ def test_unknown_words_are_no_names():
     assert sorted(single_token_names(stand_in(words))) == ["John", "Mary"]
 
 
+EIGHT_NAMES = [name for _, pair in ioi.EIGHT for name in pair]
+
+
 @pytest.mark.parametrize(
-    ("names", "without", "message"),
+    ("make", "names", "without", "message"),
     [
-        (["Mary", "John", "Tom", "Anna"], [], "at least 5 names .* 4 of 100 remain: John, Tom, "),
-        ([], [], "at least 5 names .* 0 of 100 remain: none"),
-        (FEW_NAMES, ["to"], "no frame is left"),
-        (FEW_NAMES, ioi.PLACES, "no place is left"),
-        (FEW_NAMES, ioi.OBJECTS, "no object is left"),
+        (ioi_prompts, ["Mary", "John", "Tom"], [], "at least 5 names .* 3 of 100 remain: John, "),
+        (ioi_prompts, [], [], "at least 5 names .* 0 of 100 remain: none"),
+        (ioi_prompts, FEW_NAMES, ["to"], "no frame is left"),
+        (ioi_prompts, FEW_NAMES, ioi.PLACES, "no place is left"),
+        (ioi_prompts, FEW_NAMES, ioi.OBJECTS, "no object is left"),
+        (adversarial_prompts, FEW_NAMES, [], "no sentence is left"),  # it never saw them
+        (lambda m, n: eight_prompts(m), FEW_NAMES, [], "splits James: want one token each"),
+        # splits "shops", not "park"
+        (lambda m, n: eight_prompts(m), EIGHT_NAMES, [], "must be equally long, got"),
     ],
 )
-def test_a_tokenizer_that_splits_too_much_is_refused(names, without, message):
+def test_a_tokenizer_that_splits_too_much_is_refused(make, names, without, message):
     with pytest.raises(ValueError, match=message):
-        ioi_prompts(stand_in(word_tokenizer(names, without)), 4)
-
-
-def test_adversarial_prompts_refuse_split_sentences(few_names):
-    with pytest.raises(ValueError, match="no sentence is left"):
-        adversarial_prompts(few_names, 4)  # its tokenizer never saw them
+        make(stand_in(word_tokenizer(names, without)), 4)
 
 
 def test_adversarial_prompts_differ_by_one_sentence(smollm2):
@@ -276,14 +268,6 @@ def test_eight_prompts_are_those_of_the_demo(smollm2):
     assert prompts.positions["IO"].tolist() == [4, 2, 2, 4, 2, 4, 2, 4]
 
 
-def test_eight_prompts_refuse_split_names_and_unequal_lengths(few_names):
-    with pytest.raises(ValueError, match="splits James: want one token each"):
-        eight_prompts(few_names)
-    names = [name for _, pair, *_ in ioi.EIGHT for name in pair]
-    with pytest.raises(ValueError, match="must be equally long, got"):
-        eight_prompts(stand_in(word_tokenizer(names)))  # splits "shops", not "park"
-
-
 def test_smollm2_does_the_task_in_every_frame(smollm2, no_grad):
     prompts = ioi_prompts(smollm2, 32)
     logits = smollm2(prompts.tokens)
@@ -294,21 +278,34 @@ def test_smollm2_does_the_task_in_every_frame(smollm2, no_grad):
         assert diff[prompts.template == frame].mean() > 2, ioi.FRAMES[frame]
 
 
-@pytest.mark.parametrize("make", [ioi_prompts, adversarial_prompts])
-def test_bad_counts_and_models_without_a_tokenizer_are_refused(few_names, toy2, make):
-    with pytest.raises(ValueError, match="n_prompts must be at least 1, got 0"):
-        make(few_names, 0)
-    with pytest.raises(ValueError, match="need a model with a tokenizer, got one without"):
-        make(toy2, 4)
+def test_the_signal_is_a_least_squares_fit():
+    codes = torch.tensor([[1, 1], [1, 0], [1, -1], [-1, 1], [-1, 0], [-1, -1]])
+    values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    # the columns of these codes are orthogonal, so each coefficient is a projection
+    position, token = codes.float().T
+    want = torch.stack([position @ values / 6, token @ values / 4])
+    torch.testing.assert_close(fit_signal(values, codes), want)
+    for bad, message in (
+        (codes[:5], "codes must be Int.* variant=6"),
+        (codes.float(), "codes must be Int"),
+        (codes[:, [0, 0]], "codes must tell position and token apart"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_signal(values, bad)
 
 
-def test_other_bad_input_is_named(few_names, smollm2, toy2, monkeypatch):
+def test_bad_input_is_named(few_names, smollm2, toy2, monkeypatch):
     with pytest.raises(ValueError, match="order must be one of both, ABBA, BABA, got 'abba'"):
         ioi_prompts(few_names, 4, order="abba")
-    for call in (single_token_names, eight_prompts):
+    for make in (ioi_prompts, adversarial_prompts):
+        with pytest.raises(ValueError, match="n_prompts must be at least 1, got 0"):
+            make(few_names, 0)
+        with pytest.raises(ValueError, match="need a model with a tokenizer, got one without"):
+            make(toy2, 4)
+    for make in (single_token_names, eight_prompts):
         with pytest.raises(ValueError, match="need a model with a tokenizer"):
-            call(toy2)
+            make(toy2)
     monkeypatch.setattr(smollm2.cfg, "n_ctx", 14)
-    for call in (lambda m: ioi_prompts(m, 2), eight_prompts):
+    for make in (lambda m: ioi_prompts(m, 2), eight_prompts):
         with pytest.raises(ValueError, match="prompts of 15 tokens exceed the context of 14"):
-            call(smollm2)
+            make(smollm2)

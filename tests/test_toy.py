@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import toy
-from utils.heads import Head, score_heads
+from utils.heads import Head
 
 
 def parameters(model):
@@ -85,7 +85,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def short_run():
-    return toy.train_toy(1, smeared=True, seed=1, n_steps=25, snapshot_every=10)
+    return toy.train_toy(1, smeared=True, seed=1, n_steps=25)
 
 
 def smallest_period(body):
@@ -95,6 +95,8 @@ def smallest_period(body):
 
 def test_batch_repeats_a_random_segment():
     rows = toy.toy_batch(torch.Generator().manual_seed(0), n_sequences=300).tolist()
+    again, other = (toy.toy_batch(torch.Generator().manual_seed(s), 300).tolist() for s in (0, 1))
+    assert rows == again and rows != other
     periods = [smallest_period(row[1:]) for row in rows]
     assert {len(row) for row in rows} == {toy.CONTEXT}
     assert set(periods) == set(range(toy.SHORTEST, toy.LONGEST + 1))
@@ -103,13 +105,6 @@ def test_batch_repeats_a_random_segment():
         assert len(set(row[1 : 1 + period])) == period
     assert {t for row in rows for t in row[1:]} == set(range(1, toy.VOCAB))
     assert len({tuple(row) for row in rows}) == 300
-
-
-def test_batch_follows_from_the_generator(batch):
-    again = toy.toy_batch(torch.Generator().manual_seed(3), n_sequences=5)
-    other = toy.toy_batch(torch.Generator().manual_seed(4), n_sequences=5)
-    assert torch.equal(batch, again)
-    assert not torch.equal(batch, other)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
@@ -144,15 +139,11 @@ def test_only_the_mix_is_new_in_a_smeared_toy():
     assert all(torch.equal(plain[name], smeared[name]) for name in plain)
 
 
-def test_training_lowers_the_loss_and_learns_the_mix(short_run):
+def test_training_lowers_the_loss_and_follows_from_the_seed(short_run):
     assert short_run.steps.tolist() == [0, 10, 20, 25]
     assert short_run.second_loss[-1] < short_run.second_loss[0] - 0.2
     assert short_run.model.original_model.smear_alpha.abs().min() > 0
-
-
-def test_training_is_the_same_for_the_same_seed(short_run):
-    again = toy.train_toy(1, smeared=True, seed=1, n_steps=25, snapshot_every=10)
-    other = toy.train_toy(1, smeared=True, seed=2, n_steps=25, snapshot_every=10)
+    again, other = (toy.train_toy(1, smeared=True, seed=s, n_steps=25) for s in (1, 2))
     assert torch.equal(short_run.second_loss, again.second_loss)
     assert torch.equal(short_run.prefix_matching, again.prefix_matching)
     assert not torch.equal(short_run.second_loss, other.second_loss)
@@ -250,47 +241,33 @@ def test_previous_token_match_equals_loops():
         assert match[a, b] == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_no_hook_stays_on_the_model(batch):
-    model = toy.build_toy(2)
-    before = score_heads(model, batch, lambda pattern: pattern[..., 3, 1])
-    model.run_with_hooks(batch, fwd_hooks=toy.cut_path_hooks(model, [(0, 0)], (1, 0), "k"))
-    after = score_heads(model, batch, lambda pattern: pattern[..., 3, 1])
-    assert torch.equal(before, after)
-
-
 STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
+
+
+def cut(writers, reader, site):
+    return lambda m: toy.cut_path_hooks(m, writers, reader, site)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: toy.build_toy(0), "n_layers"),
-        (lambda: toy.toy_batch(torch.Generator(), 0), "n_sequences"),
-        (lambda: toy.train_toy(1, n_steps=0), "n_steps"),
-        (lambda: toy.train_toy(1, snapshot_every=0), "snapshot_every"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS[:2], 1), "one length"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS, 3), "window"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS, 0), "window"),
-        (lambda: toy.sharpest_drop(STEPS.flip(0), LOSS, 1), "rise"),
-        (lambda: toy.share_formed(STEPS, LOSS, 10, 0), "width"),
-        (lambda: toy.share_formed(STEPS, torch.ones(3), 10, 5), "began"),
+        (lambda m: toy.build_toy(0), "n_layers must be at least 1"),
+        (lambda m: toy.toy_batch(torch.Generator(), 0), "n_sequences must be at least 1"),
+        (lambda m: toy.train_toy(1, n_steps=0), "n_steps must be at least 1"),
+        (lambda m: toy.sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
+        (lambda m: toy.sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
+        (lambda m: toy.sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),
+        (lambda m: toy.sharpest_drop(STEPS.flip(0), LOSS, 1), "steps must rise"),
+        (lambda m: toy.share_formed(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
+        (lambda m: toy.share_formed(STEPS, LOSS, 10, 0), "width must be positive"),
+        (lambda m: toy.share_formed(STEPS, torch.ones(3), 10, 5), "end where they began"),
+        (cut([(0, 0)], (1, 0), "z"), "site must be .* got 'z'"),
+        (cut([(0, 4)], (1, 0), "k"), "no head L0H4"),
+        (cut([(0, 0)], (2, 0), "k"), "no head L2H0"),
+        (cut([], (1, 0), "k"), "heads is empty"),
+        (cut([(1, 1)], (1, 0), "k"), "in an earlier layer"),
     ],
 )
-def test_bad_input_is_named(call, message):
+def test_bad_input_is_named(toy2, call, message):
     with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("writers", "reader", "site", "message"),
-    [
-        ([(0, 0)], (1, 0), "z", "site"),
-        ([(0, 4)], (1, 0), "k", "no head L0H4"),
-        ([(0, 0)], (2, 0), "k", "no head L2H0"),
-        ([], (1, 0), "k", "empty"),
-        ([(1, 1)], (1, 0), "k", "earlier layer"),
-    ],
-)
-def test_bad_path_is_named(writers, reader, site, message, toy2):
-    with pytest.raises(ValueError, match=message):
-        toy.cut_path_hooks(toy2, writers, reader, site)
+        call(toy2)

@@ -1,14 +1,16 @@
 """Prompts for indirect object identification: "When Mary and John ..., John gave a drink to"."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.prompts import check_tokens, start_token
+from utils.prompts import check_count, check_tokens, start_token
+from utils.typed import checked
 
 # One word is one token, in every frame the slots stand at the same places.
 FRAMES = (
@@ -58,12 +60,12 @@ ADVERSARIAL_OPENINGS = (
 )
 ADVERSARIAL_EXTRAS = ("{extra} was quite tired.", "{extra} felt very happy.")
 ADVERSARIAL_GIVING = "{third} gave a {object} to"
-# Opening, two names, giving, and who gives first: pairs of prompts of the TransformerLens demos.
+# Pairs of prompts of the TransformerLens demos, with the giver of the first and of the second.
 EIGHT = (
-    ("When", ("John", "Mary"), "went to the shops", "gave the bag to", "John"),
-    ("When", ("Tom", "James"), "went to the park", "gave the ball to", "James"),
-    ("When", ("Dan", "Sid"), "went to the shops", "gave an apple to", "Sid"),
-    ("After", ("Martin", "Amy"), "went to the park", "gave a drink to", "Amy"),
+    ("When John and Mary went to the shops, {} gave the bag to", ("John", "Mary")),
+    ("When Tom and James went to the park, {} gave the ball to", ("James", "Tom")),
+    ("When Dan and Sid went to the shops, {} gave an apple to", ("Sid", "Dan")),
+    ("After Martin and Amy went to the park, {} gave a drink to", ("Amy", "Martin")),
 )
 
 
@@ -111,30 +113,23 @@ def ioi_prompts(
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    slots = _draw(model, n_prompts, seed)
-    kept = [i for i, frame in enumerate(FRAMES) if _is_single(model, frame)]
+    draws = _draw(model, n_prompts, seed)
+    filled = [_fill(frame, "ABB", True, draws[0]) for frame in FRAMES]
+    kept = [i for i, text in enumerate(filled) if _is_whole(model, text)]
     if not kept:
         raise ValueError("no frame is left: the model's tokenizer splits a word in each of FRAMES")
     index = torch.arange(n_prompts)
     is_abba = index % 2 == 0 if order == "both" else torch.full((n_prompts,), order == "ABBA")
     template = torch.tensor(kept)[(index // 2 if order == "both" else index) % len(kept)]
-    texts = [FRAMES[i] for i in template]
+    slots = list(zip(template.tolist(), is_abba.tolist(), draws, strict=True))
 
-    def tokens(letters: str) -> Int[Tensor, "prompt pos"]:
-        return _encode(model, texts, _roles(slots, is_abba, letters))
+    def texts(letters: str) -> list[str]:
+        return [_fill(FRAMES[i], letters, abba, drawn) for i, abba, drawn in slots]
 
-    clean = tokens("ABB")
-    answers = _answers(model, slots)
-    corrupted = {name: tokens(letters) for name, letters in CORRUPTIONS.items()}
-    device = clean.device
-    return IOIPrompts(
-        clean,
-        answers,
-        _positions(clean, answers),
-        template.to(device),
-        is_abba.to(device),
-        corrupted,
-    )
+    clean = _name_prompts(model, texts("ABB"), draws)
+    corrupted = {name: _encode(model, texts(letters)) for name, letters in CORRUPTIONS.items()}
+    device = model.cfg.device
+    return IOIPrompts(*clean, template.to(device), is_abba.to(device), corrupted)
 
 
 def eight_prompts(model: TransformerBridge) -> NamePrompts:
@@ -143,24 +138,15 @@ def eight_prompts(model: TransformerBridge) -> NamePrompts:
     Source: TransformerLens, Exploratory Analysis demo. ValueError without a tokenizer, or when it
     splits a name or gives the prompts unequal lengths.
     """
-    _check_tokenizer(model)
-    rows, answers = [], []
-    for opening, names, going, giving, giver in EIGHT:
-        lost = [name for name in names if name not in _single_tokens(model, names)]
+    texts, answers = [], []
+    for sentence, names in EIGHT:
+        lost = [name for name in names if not _is_whole(model, " " + name)]
         if lost:
             raise ValueError(f"the model's tokenizer splits {', '.join(lost)}: want one token each")
-        other = names[1 - names.index(giver)]
-        for subject, indirect in ((giver, other), (other, giver)):
-            text = f"{opening} {names[0]} and {names[1]} {going}, {subject} {giving}"
-            ids = model.tokenizer(text, add_special_tokens=False).input_ids
-            rows.append([start_token(model), *ids])
+        for subject, indirect in (names, names[::-1]):
+            texts.append(sentence.format(subject))
             answers.append({"A": indirect, "B": subject})
-    lengths = [len(row) for row in rows]
-    if len(set(lengths)) > 1:
-        raise ValueError(f"the eight prompts must be equally long, got {lengths} tokens")
-    tokens = torch.tensor(rows, device=model.cfg.device)
-    check_tokens(model, tokens, "prompts")
-    return _name_prompts(model, tokens, answers)
+    return _name_prompts(model, texts, answers)
 
 
 def adversarial_prompts(
@@ -172,35 +158,47 @@ def adversarial_prompts(
     twice makes it look like the subject, naming S once more is the control. Orders alternate; the
     prompts of a key are aligned, "plain" is shorter. ValueError as `ioi_prompts`.
     """
-    slots = _draw(model, n_prompts, seed)
-    variants = [(a, b) for b in ADVERSARIAL_EXTRAS for a in ADVERSARIAL_OPENINGS]
-    kept = [v for v in variants if _is_single(model, " ".join([*v, ADVERSARIAL_GIVING]))]
+    draws = _draw(model, n_prompts, seed)
+    pairs = [(a, f"{a} {extra}") for extra in ADVERSARIAL_EXTRAS for a in ADVERSARIAL_OPENINGS]
+    pairs = [[f"{start} {ADVERSARIAL_GIVING}" for start in pair] for pair in pairs]
+    kept = [pair for pair in pairs if _is_whole(model, _fill(pair[1], "ABBA", True, draws[0]))]
     if not kept:
         raise ValueError("no sentence is left: the model's tokenizer splits a word in each of them")
-    is_abba = torch.arange(n_prompts) % 2 == 0
-    roles = _roles(slots, is_abba, "ABB")
     prompts = {}
     for key, letter in (("plain", ""), ("io", "A"), ("s", "B")):
-        texts = []
-        for i, drawn in enumerate(slots):
-            opening, extra = kept[i // 2 % len(kept)]
-            middle = [extra] if letter else []
-            texts.append(" ".join([opening, *middle, ADVERSARIAL_GIVING]))
-            roles[i]["extra"] = drawn.get(letter, "")
-        prompts[key] = _name_prompts(model, _encode(model, texts, roles), slots)
+        texts = [
+            _fill(kept[i // 2 % len(kept)][key != "plain"], "ABB" + letter, i % 2 == 0, drawn)
+            for i, drawn in enumerate(draws)
+        ]
+        prompts[key] = _name_prompts(model, texts, draws)
     return prompts
+
+
+@checked
+def fit_signal(
+    values: Float[Tensor, "variant prompt"], codes: Int[Tensor, "variant 2"]
+) -> Float[Tensor, "2 prompt"]:
+    """How much of each prompt's logit difference goes by position, and how much by token.
+
+    The S-inhibition heads' output is taken from variants of the prompts in which S2 stands for the
+    original position (1) or the other (-1), and for the original token (1), the other (-1) or
+    neither (0): `codes`. Gives the coefficients of the least-squares fit
+    values = position * code[0] + token * code[1] (Wang et al. 2022, appendix A). Raises ValueError
+    for codes that do not tell the two apart.
+    """
+    codes = codes.to(values)
+    if torch.linalg.matrix_rank(codes) < 2:
+        raise ValueError(f"codes must tell position and token apart, got {codes.tolist()}")
+    return torch.linalg.lstsq(codes, values).solution
 
 
 def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str, str]]:
     """For each prompt: names A to F (C is D: no corruption has both), a place and an object."""
-    if n_prompts < 1:
-        raise ValueError(f"n_prompts must be at least 1, got {n_prompts}")
+    check_count("n_prompts", n_prompts)
     names = single_token_names(model)
     if len(names) < 5:
-        raise ValueError(
-            f"want at least 5 names that are one token in the model's tokenizer, {len(names)} of "
-            f"{len(NAMES)} remain: {', '.join(names) or 'none'}"
-        )
+        remain = f"{len(names)} of {len(NAMES)} remain: {', '.join(names) or 'none'}"
+        raise ValueError(f"want at least 5 names that the model's tokenizer keeps whole, {remain}")
     pools = {"place": _single_tokens(model, PLACES), "object": _single_tokens(model, OBJECTS)}
     for slot, pool in pools.items():
         if not pool:
@@ -217,79 +215,51 @@ def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str,
     return draws
 
 
-def _roles(slots: list[dict], is_abba: Bool[Tensor, "prompt"], letters: str) -> list[dict]:
-    """The words of each prompt's slots, when the names stand as in `letters`."""
-    roles = []
-    for drawn, abba in zip(slots, is_abba.tolist(), strict=True):
-        first, second, third = letters if abba else (letters[1], letters[0], letters[2])
-        named = {"first": drawn[first], "second": drawn[second], "third": drawn[third]}
-        roles.append({**named, "place": drawn["place"], "object": drawn["object"]})
-    return roles
+def _fill(frame: str, letters: str, abba: bool, drawn: dict[str, str]) -> str:
+    """The frame with the drawn names in the order of `letters` (a fourth is the extra one)."""
+    first, second, third, *extra = (drawn[letter] for letter in letters)
+    if not abba:
+        first, second = second, first
+    return frame.format(first=first, second=second, third=third, extra="".join(extra), **drawn)
 
 
-def _encode(
-    model: TransformerBridge, texts: Sequence[str], roles: list[dict]
-) -> Int[Tensor, "prompt pos"]:
-    """Start token and the filled-in texts, one token a word."""
-    ids: dict[str, int] = {}
-    rows = []
-    for text, words in zip(texts, roles, strict=True):
-        row = [start_token(model)]
-        for piece in _pieces(text.format(**words)):
-            if piece not in ids:
-                ids[piece] = _single_token(model, piece)
-            row.append(ids[piece])
-        rows.append(row)
-    tokens = torch.tensor(rows, device=model.cfg.device)
+def _encode(model: TransformerBridge, texts: list[str]) -> Int[Tensor, "prompt pos"]:
+    """Start token and text of each prompt."""
+    rows = [_ids(model, text) for text in texts]
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"the prompts must be equally long, got {lengths} tokens")
+    tokens = torch.tensor([[start_token(model), *row] for row in rows], device=model.cfg.device)
     check_tokens(model, tokens, "prompts")
     return tokens
 
 
-def _pieces(text: str) -> list[str]:
-    """The text cut into words with the space before them, and punctuation."""
-    words = text.replace(",", " ,").replace(".", " .").split()
-    return [w if i == 0 or w in ",." else " " + w for i, w in enumerate(words)]
-
-
-def _single_token(model: TransformerBridge, piece: str) -> int | None:
-    """The token that spells `piece`, or None if it takes several or is not in the vocabulary."""
-    ids = model.tokenizer(piece, add_special_tokens=False).input_ids
-    # an unknown word is one token too, but does not spell the word
-    spelled = len(ids) == 1 and model.tokenizer.decode(ids).strip() == piece.strip()
-    return ids[0] if spelled else None
-
-
-def _single_tokens(model: TransformerBridge, words: Sequence[str]) -> list[str]:
-    _check_tokenizer(model)
-    return [word for word in words if _single_token(model, " " + word) is not None]
-
-
-def _is_single(model: TransformerBridge, frame: str) -> bool:
-    """Whether every word of the frame that is not a slot is one token."""
-    return all("{" in p or _single_token(model, p) is not None for p in _pieces(frame))
-
-
-def _answers(model: TransformerBridge, slots: list[dict]) -> Int[Tensor, "prompt 2"]:
-    rows = [[_single_token(model, " " + drawn[letter]) for letter in "AB"] for drawn in slots]
-    return torch.tensor(rows, device=model.cfg.device)
-
-
-def _name_prompts(model: TransformerBridge, tokens: Tensor, slots: list[dict]) -> NamePrompts:
-    answers = _answers(model, slots)
-    return NamePrompts(tokens, answers, _positions(tokens, answers))
-
-
-def _positions(
-    tokens: Int[Tensor, "prompt pos"], answers: Int[Tensor, "prompt 2"]
-) -> dict[str, Int[Tensor, "prompt"]]:
-    """Where IO and S are first named, S last, and the end."""
-    is_io, is_s = (tokens == column[:, None] for column in answers.unbind(1))
-    end = tokens.shape[1] - 1
-    io, s1 = is_io.int().argmax(1), is_s.int().argmax(1)
-    s2 = end - is_s.flip(1).int().argmax(1)
-    return {"IO": io, "S1": s1, "S1+1": s1 + 1, "S2": s2, "END": torch.full_like(io, end)}
-
-
-def _check_tokenizer(model: TransformerBridge) -> None:
+def _ids(model: TransformerBridge, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("prompts with names need a model with a tokenizer, got one without")
+    return model.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _is_whole(model: TransformerBridge, text: str) -> bool:
+    """Whether every word and punctuation mark is a token of its own."""
+    ids = _ids(model, text)
+    # an unknown word is one token too, but does not spell the word
+    spelled = model.tokenizer.decode(ids).split() == text.split()
+    return spelled and len(ids) == len(re.findall(r"\w+|[,.]", text))
+
+
+def _single_tokens(model: TransformerBridge, words: Iterable[str]) -> list[str]:
+    """Those of the words that are one token, with the space before them."""
+    return [word for word in words if _is_whole(model, " " + word)]
+
+
+def _name_prompts(model: TransformerBridge, texts: list[str], draws: list[dict]) -> NamePrompts:
+    """Tokens, with the answers A and B; where these are first named, S last, and the end."""
+    tokens = _encode(model, texts)
+    answers = [[_ids(model, " " + drawn[letter])[0] for letter in "AB"] for drawn in draws]
+    answers = torch.tensor(answers, device=tokens.device)
+    is_io, is_s = ((tokens == column[:, None]).int() for column in answers.T)
+    io, s1 = is_io.argmax(1), is_s.argmax(1)
+    end = torch.full_like(io, tokens.shape[1] - 1)
+    positions = {"IO": io, "S1": s1, "S1+1": s1 + 1, "S2": end - is_s.flip(1).argmax(1), "END": end}
+    return NamePrompts(tokens, answers, positions)

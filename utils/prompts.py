@@ -1,5 +1,6 @@
 """Prompts: repeated random tokens, induction prompts with corrupted partners, English text."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-CORRUPTIONS = ("query", "key", "value")
+from utils.typed import checked
 
 
 class InductionPrompts(NamedTuple):
@@ -21,13 +22,9 @@ class InductionPrompts(NamedTuple):
 
 def start_token(model: TransformerBridge) -> int:
     """The token every prompt starts with: BOS, else end-of-text, else 0 (no tokenizer)."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        return 0
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    names = ("bos_token_id", "eos_token_id")
+    ids = [getattr(model.tokenizer, name, None) for name in names]
+    return next((token for token in ids if token is not None), 0)
 
 
 def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "token"]:
@@ -45,21 +42,6 @@ def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "token"]:
     return torch.tensor([t for t in range(size // 50, size // 5) if t not in special])
 
 
-def check_tokens(model: TransformerBridge, tokens: Tensor, name: str = "tokens") -> None:
-    """Raise unless `tokens` is a non-empty [prompt pos] tensor of ids that fits the model."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"{name} must be an integer tensor of shape [prompt pos], got {got}")
-    if tokens.numel() == 0:
-        raise ValueError(f"{name} is empty: shape {tuple(tokens.shape)}")
-    _check_length(model, tokens.shape[1], name)
-    if tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
-        raise ValueError(
-            f"{name} must lie in 0..{model.cfg.d_vocab - 1}, "
-            f"got {int(tokens.min())}..{int(tokens.max())}"
-        )
-
-
 def repeated_tokens(
     model: TransformerBridge, n_prompts: int, seq_len: int, n_repeats: int = 2, seed: int = 0
 ) -> Int[Tensor, "prompt pos"]:
@@ -69,11 +51,15 @@ def repeated_tokens(
     generator, so a seed means the same data on every machine. Raises ValueError for counts below
     one, too few ordinary tokens, or prompts longer than the context.
     """
-    _check_count("n_repeats", n_repeats)
-    _check_count("seq_len", seq_len)
+    for name, count in (("n_prompts", n_prompts), ("seq_len", seq_len), ("n_repeats", n_repeats)):
+        check_count(name, count)
     _check_length(model, 1 + seq_len * n_repeats, "prompts")
-    copy = _random_tokens(model, n_prompts, seq_len, seed)
-    return _with_start(model, copy.repeat(1, n_repeats))
+    pool = ordinary_tokens(model)
+    if seq_len > len(pool):
+        raise ValueError(f"seq_len must be at most {len(pool)} (distinct tokens), got {seq_len}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(len(pool), generator=generator)[:seq_len] for _ in range(n_prompts)]
+    return _with_start(model, pool[torch.stack(rows)].repeat(1, n_repeats))
 
 
 def induction_prompts(
@@ -93,16 +79,15 @@ def induction_prompts(
     `answers` holds (B, D), `positions` the positions of A, B, C, D (first copy) and END.
     Raises ValueError as `repeated_tokens` does, and for `seq_len` below 7.
     """
-    if seq_len < 7:
-        raise ValueError(f"seq_len must be at least 7 (x A B y C D z), got {seq_len}")
-    end = 2 * seq_len - 5
+    check_count("seq_len", seq_len, least=7)  # x A B y C D z
+    a, b, c, d, end = seq_len - 5, seq_len - 4, seq_len - 2, seq_len - 1, 2 * seq_len - 5
     _check_length(model, end + 1, "prompts")
-    copy = _random_tokens(model, n_prompts, seq_len, seed)
-    clean = _with_start(model, torch.cat([copy, copy[:, : seq_len - 5]], dim=1))
-    a, b, c, d = seq_len - 5, seq_len - 4, seq_len - 2, seq_len - 1
-    query = clean.clone()
-    query[:, end] = clean[:, c]
-    corrupted = {"query": query, "key": _swap(clean, a, c), "value": _swap(clean, b, d)}
+    first = repeated_tokens(model, n_prompts, seq_len, n_repeats=1, seed=seed)
+    clean = torch.cat([first, first[:, 1 : a + 1]], dim=1)
+    corrupted = {name: clean.clone() for name in ("query", "key", "value")}
+    corrupted["query"][:, end] = clean[:, c]
+    corrupted["key"][:, [a, c]] = clean[:, [c, a]]
+    corrupted["value"][:, [b, d]] = clean[:, [d, b]]
     positions = {"A": a, "B": b, "C": c, "D": d, "END": end}
     return InductionPrompts(clean, corrupted, clean[:, [b, d]], positions)
 
@@ -115,9 +100,8 @@ def long_texts(model: TransformerBridge, n_texts: int, n_tokens: int) -> Int[Ten
     differs a little between Python versions, and figures measured on it do too. Raises ValueError
     when the model has no tokenizer, the context is too short, or there is too little text.
     """
-    _check_count("n_texts", n_texts)
-    if n_tokens < 2:
-        raise ValueError(f"n_tokens must be at least 2, got {n_tokens}")
+    check_count("n_texts", n_texts)
+    check_count("n_tokens", n_tokens, least=2)
     _check_length(model, n_tokens, "texts")
     if model.tokenizer is None:
         raise ValueError("long_texts needs a model with a tokenizer, got one without")
@@ -133,18 +117,54 @@ def long_texts(model: TransformerBridge, n_texts: int, n_tokens: int) -> Int[Ten
     )
 
 
-def _prose_topics() -> list[str]:
+@checked
+def check_tokens(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], name: str = "tokens"
+) -> None:
+    """Raise ValueError unless `tokens` is not empty, fits the model and has no padding in front.
+
+    Without a mask a prompt that begins with padding would attend to it.
+    """
+    check_range(name, tokens, model.cfg.d_vocab)
+    _check_length(model, tokens.shape[1], name)
+    padding = getattr(model.tokenizer, "pad_token_id", None)
+    # where padding is also the start token, one of them is none
+    width = 2 if padding == start_token(model) else 1
+    if padding is None or tokens.shape[1] <= width:
+        return
+    padded = (tokens[:, :width] == padding).all(1).nonzero()
+    if len(padded):
+        raise ValueError(
+            f"{name}: prompt {int(padded[0])} begins with padding (token {padding}), "
+            "give prompts of one length"
+        )
+
+
+def check_range(name: str, values: Int[Tensor, "..."], size: int) -> None:
+    """Raise ValueError unless there are values, all of them in 0..size - 1."""
+    if values.numel() == 0:
+        raise ValueError(f"{name} is empty: shape {list(values.shape)}")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in 0..{size - 1}, got {low}..{high}")
+
+
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """Raise ValueError for a count that is too small."""
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+
+
+def _prose_topics() -> Iterator[str]:
     """The manual's topics, longest first, reduced to paragraphs of prose not seen before."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
-    prose = []
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
         paragraphs = [" ".join(block.split()) for block in text.split("\n\n")]
         kept = [p for p in paragraphs if p not in seen and _is_prose(p)]
         seen.update(kept)
-        prose.append("\n\n".join(kept))
-    return prose
+        yield "\n\n".join(kept)
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -153,32 +173,9 @@ def _is_prose(paragraph: str) -> bool:
     return len(paragraph) > 120 and paragraph[-1] in ".:" and plain > 0.94 * len(paragraph)
 
 
-def _random_tokens(
-    model: TransformerBridge, n_prompts: int, seq_len: int, seed: int
-) -> Int[Tensor, "prompt seq"]:
-    _check_count("n_prompts", n_prompts)
-    pool = ordinary_tokens(model)
-    if seq_len > len(pool):
-        raise ValueError(f"seq_len must be at most {len(pool)} (distinct tokens), got {seq_len}")
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(len(pool), generator=generator)[:seq_len] for _ in range(n_prompts)]
-    return pool[torch.stack(rows)]
-
-
 def _with_start(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "prompt pos"]:
-    start = torch.full((len(tokens), 1), start_token(model))
-    return torch.cat([start, tokens], dim=1).to(model.cfg.device)
-
-
-def _swap(tokens: Tensor, i: int, j: int) -> Int[Tensor, "prompt pos"]:
-    swapped = tokens.clone()
-    swapped[:, [i, j]] = tokens[:, [j, i]]
-    return swapped
-
-
-def _check_count(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+    padded = torch.nn.functional.pad(tokens, (1, 0), value=start_token(model))
+    return padded.to(model.cfg.device)
 
 
 def _check_length(model: TransformerBridge, n_tokens: int, name: str) -> None:

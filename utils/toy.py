@@ -6,7 +6,7 @@ sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss f
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,25 +16,28 @@ from tqdm import tqdm
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.composition import qk_weights
-from utils.copying import ov_weights
 from utils.heads import check_heads, prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
-from utils.prompts import repeated_tokens
+from utils.prompts import check_count, repeated_tokens
+from utils.typed import checked
+from utils.weights import ov_weights, qk_weights
 
 VOCAB = 64  # token 0 starts every sequence and occurs nowhere else
 LONGEST = 23  # tokens in the longest segment, so that two copies fit
 SHORTEST = 8
 CONTEXT = 1 + 2 * LONGEST
+SNAPSHOT = 10  # steps from one measurement to the next
 EARLY, LATE, AROUND = 12, 12 + LONGEST, 5  # in-context-learning score: middle of either copy
 HELD_OUT, HELD_OUT_SEED = 64, 1_000_003
 
 
-@dataclass
-class ToyRun:
+class ToyRun(NamedTuple):
     """A trained toy (compatibility mode) and what was measured on its way, one row a snapshot.
 
-    Losses and the in-context-learning score are in nats, means over the held-out `tokens`.
+    Losses and the in-context-learning score are in nats, means over the held-out `tokens`, which
+    are two copies of `LONGEST` tokens. The in-context-learning score is the loss around the middle
+    of the second copy minus that around the middle of the first (each over 11 positions); the
+    previous-token score is over the first copy, the one that is looked up later.
     """
 
     model: TransformerBridge
@@ -47,19 +50,13 @@ class ToyRun:
     previous_token: Float[Tensor, "snapshot layer head"]
 
 
-def build_toy(
-    n_layers: int,
-    smeared: bool = False,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-) -> TransformerBridge:
+def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> TransformerBridge:
     """An untrained attention-only model: 64 dimensions, 4 heads of 32 per layer, 64 tokens.
 
     `smeared` mixes each key of the first layer with the one before it (Olsson et al. 2022,
     argument 2), by a learned share per head. Raises ValueError for fewer than one layer.
     """
-    if n_layers < 1:
-        raise ValueError(f"n_layers must be at least 1, got {n_layers}")
+    check_count("n_layers", n_layers)
     config = TransformerBridgeConfig(
         n_layers=n_layers,
         d_model=64,
@@ -72,9 +69,12 @@ def build_toy(
         normalization_type="LN",
         seed=seed,
     )
-    model = TransformerBridge.boot_native(config, device=device or "cpu")
+    model = TransformerBridge.boot_native(config, device="cpu")
     if smeared:
-        _smear_keys(model)
+        alpha = torch.nn.Parameter(torch.zeros(model.cfg.n_heads))
+        # on the wrapped model, whose parameters are those that the optimiser gets
+        model.original_model.register_parameter("smear_alpha", alpha)
+        model.add_hook("blocks.0.attn.hook_k", lambda k, hook: smear(k, alpha), is_permanent=True)
     return model.eval()  # nothing in it behaves otherwise in training
 
 
@@ -92,75 +92,40 @@ def toy_batch(generator: torch.Generator, n_sequences: int = 64) -> Int[Tensor, 
     The segment's tokens are distinct; its length is drawn per sequence (8 to 23), so that no fixed
     distance leads back to the copy. Raises ValueError for fewer than one sequence.
     """
-    if n_sequences < 1:
-        raise ValueError(f"n_sequences must be at least 1, got {n_sequences}")
+    check_count("n_sequences", n_sequences)
     segments = 1 + torch.rand(n_sequences, VOCAB - 1, generator=generator).argsort(-1)
     lengths = torch.randint(SHORTEST, LONGEST + 1, (n_sequences, 1), generator=generator)
     body = segments.gather(1, torch.arange(CONTEXT - 1) % lengths)
     return torch.nn.functional.pad(body, (1, 0))
 
 
-def train_toy(
-    n_layers: int,
-    smeared: bool = False,
-    seed: int = 0,
-    n_steps: int = 500,
-    snapshot_every: int = 10,
-    learning_rate: float = 3e-3,
-    device: str | torch.device | None = None,
-) -> ToyRun:
-    """Train a toy to predict every next token; measure it every `snapshot_every` steps.
+def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int = 500) -> ToyRun:
+    """Train a toy to predict every next token; measure it every `SNAPSHOT` steps.
 
     Weights and data follow from `seed` alone, and all toys of a seed see the same batches.
-    Raises ValueError for counts below one.
+    Raises ValueError for fewer than one layer or step.
     """
-    for name, count in (("n_steps", n_steps), ("snapshot_every", snapshot_every)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    model = build_toy(n_layers, smeared, seed, device)
+    check_count("n_steps", n_steps)
+    model = build_toy(n_layers, smeared, seed)
     held_out = repeated_tokens(model, HELD_OUT, LONGEST, seed=HELD_OUT_SEED)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
-    snapshots = [(0, *measure(model, held_out))]
+    snapshots = [(torch.tensor(0), *_measure(model, held_out))]
     name = f"{n_layers} layer{'s' * (n_layers > 1)}{', smeared keys' * smeared}"
     for step in tqdm(range(1, n_steps + 1), desc=name, mininterval=0.5):
         with torch.enable_grad():
-            loss = model(toy_batch(generator).to(model.cfg.device), return_type="loss")
+            loss = model(toy_batch(generator), return_type="loss")
             optimiser.zero_grad()
             loss.backward()
         optimiser.step()
-        if step % snapshot_every == 0 or step == n_steps:
-            snapshots.append((step, *measure(model, held_out)))
+        if step % SNAPSHOT == 0 or step == n_steps:
+            snapshots.append((torch.tensor(step), *_measure(model, held_out)))
     # LayerNorm's gains go into the weights next to it, as in every model of the notebooks
     model.enable_compatibility_mode()
-    steps, *measured = zip(*snapshots, strict=True)
-    return ToyRun(model, held_out, torch.tensor(steps), *(torch.stack(m).cpu() for m in measured))
+    return ToyRun(model, held_out, *map(torch.stack, zip(*snapshots, strict=True)))
 
 
-@torch.no_grad()
-def measure(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
-) -> tuple[
-    Float[Tensor, ""],
-    Float[Tensor, ""],
-    Float[Tensor, ""],
-    Float[Tensor, "layer head"],
-    Float[Tensor, "layer head"],
-]:
-    """Loss on either copy, in-context-learning score, prefix matching and previous-token scores.
-
-    `tokens` are two copies of `LONGEST` tokens. The in-context-learning score is the loss around
-    the middle of the second copy minus that around the middle of the first (each over 11
-    positions); the previous-token score is over the first copy, the one that is looked up later.
-    """
-    loss = per_token_loss(model, tokens)
-    first, second = half_losses(loss, LONGEST)
-    icl = icl_score(loss, early=EARLY, late=LATE, window=AROUND)
-    prefix = score_heads(model, tokens, prefix_matching_score)
-    previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
-    return first.mean(), second.mean(), icl.mean(), prefix.mean(0), previous.mean(0)
-
-
+@checked
 def sharpest_drop(
     steps: Int[Tensor, "snapshot"], loss: Float[Tensor, "snapshot"], window: int = 2
 ) -> float:
@@ -169,87 +134,82 @@ def sharpest_drop(
     The slope over `window` intervals is that of the loss smoothed over as many snapshots. Raises
     ValueError for unequal lengths, steps that do not rise, or a window that does not fit.
     """
-    if steps.ndim != 1 or steps.shape != loss.shape:
-        raise ValueError(
-            f"steps and loss must be vectors of one length, got {list(steps.shape)} and "
-            f"{list(loss.shape)}"
-        )
     if not 1 <= window < len(steps):
         raise ValueError(f"window must be between 1 and {len(steps) - 1}, got {window}")
-    length = steps[window:] - steps[:-window]
     if (steps.diff() <= 0).any():
         raise ValueError("steps must rise")
-    start = int(((loss[:-window] - loss[window:]) / length).argmax())
+    fall = (loss[:-window] - loss[window:]) / (steps[window:] - steps[:-window])
+    start = int(fall.argmax())
     return (steps[start] + steps[start + window]).item() / 2
 
 
+@checked
 def share_formed(
-    steps: Int[Tensor, "snapshot"], values: Float[Tensor, "snapshot"], centre: float, width: float
+    steps: Int[Tensor, "snapshot"],
+    values: Float[Tensor, "snapshot"],
+    centre: float | int,
+    width: float | int,
 ) -> float:
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 
-    Values between snapshots are interpolated. Raises ValueError when nothing changed or the width
-    is not positive.
+    Values between snapshots are interpolated. Raises ValueError for unequal lengths, when nothing
+    changed or the width is not positive.
     """
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
-    total = (values[-1] - values[0]).item()
-    if total == 0:
+    if len(values) == 0 or values[-1] == values[0]:
         raise ValueError("values end where they began: no change to share out")
     edges = [centre - width / 2, centre + width / 2]
     before, after = np.interp(edges, steps.numpy(), values.numpy())
-    return float(after - before) / total
+    return float(after - before) / (values[-1] - values[0]).item()
 
 
+@checked
 def cut_path_hooks(
     model: TransformerBridge,
     writers: Iterable[tuple[int, int]],
     reader: tuple[int, int],
-    site: str,
+    site: Literal["q", "k", "v"],
 ) -> list[tuple[str, Callable]]:
     """Hooks that take what `writers` say about the tokens out of one input of `reader` alone.
 
-    `site` is "q", "k" or "v": that vector is computed anew from a residual stream in which each
-    writer's output is replaced by its mean over the prompts at that position. All else, the
-    reader's other two inputs included, stays as it is: this is path patching (mean ablation) of
-    the direct path writer -> reader. For models in compatibility mode without rotary positions or
-    grouped keys. Raises ValueError for an unknown site or head, or a writer that is not below.
+    That input is computed anew from a residual stream in which each writer's output is replaced by
+    its mean over the prompts at that position. All else, the reader's other two inputs included,
+    stays as it is: this is path patching (mean ablation) of the direct path writer -> reader. For
+    models in compatibility mode without rotary positions or grouped keys. Raises ValueError for an
+    unknown site or head, or a writer that is not below.
     """
-    if site not in ("q", "k", "v"):
-        raise ValueError(f"site must be 'q', 'k' or 'v', got {site!r}")
     writers, (reader,) = check_heads(model, writers), check_heads(model, [reader])
     if max(w.layer for w in writers) >= reader.layer:
         raise ValueError("every writer must be in an earlier layer than the reader")
     attn = model.blocks[reader.layer].attn
     weight = getattr(attn, f"W_{site.upper()}")[reader.head]
     bias = getattr(attn, f"b_{site.upper()}")[reader.head]
-    z, stream = {}, {}
-
-    def keep_z(value: Tensor, hook) -> None:
-        z[hook.layer()] = value
-
-    def keep_stream(value: Tensor, hook) -> None:
-        stream["resid"] = value
+    z: dict[int, Tensor] = {}  # by layer
+    stream: dict[str, Tensor] = {}
 
     def replace(value: Float[Tensor, "prompt pos head d_head"], hook) -> Tensor:
         written = sum(
-            z[w.layer][:, :, w.head] @ model.blocks[w.layer].attn.W_O[w.head] for w in writers
+            z[layer][:, :, head] @ model.blocks[layer].attn.W_O[head] for layer, head in writers
         )
         cut = stream["resid"] - written + written.mean(0)
-        value = value.clone()
-        # the norm's gain and bias are in W and b already
+        # the norm's gain and bias are in the weight and bias already
         normalised = torch.nn.functional.layer_norm(cut, cut.shape[-1:], eps=model.cfg.eps)
+        value = value.clone()
         value[:, :, reader.head] = normalised @ weight + bias
         return value
 
-    return [
-        *((f"blocks.{layer}.attn.hook_z", keep_z) for layer in {w.layer for w in writers}),
-        (f"blocks.{reader.layer}.hook_resid_pre", keep_stream),
-        (f"blocks.{reader.layer}.attn.hook_{site}", replace),
+    before = f"blocks.{reader.layer}"
+    hooks = [
+        (f"blocks.{layer}.attn.hook_z", lambda value, hook: z.update({hook.layer(): value}))
+        for layer in {writer.layer for writer in writers}
     ]
+    hooks.append((f"{before}.hook_resid_pre", lambda value, hook: stream.update(resid=value)))
+    return [*hooks, (f"{before}.attn.hook_{site}", replace)]
 
 
 @torch.no_grad()
+@checked
 def previous_token_match(
     model: TransformerBridge, writers: Iterable[tuple[int, int]], reader: tuple[int, int]
 ) -> Float[Tensor, "query token"]:
@@ -260,19 +220,17 @@ def previous_token_match(
     (Elhage et al. 2021, "two-layer attention-only transformers"). A large diagonal means "same
     token, one later". LayerNorm's scale and the attention scale are left out.
     """
-    w_q, w_k = (w[0] for w in qk_weights(model, [reader]))
+    (w_q,), (w_k,) = qk_weights(model, [reader])
     w_v, w_o = ov_weights(model, writers)
     left_behind = model.W_E @ (w_v @ w_o).sum(0)
     return (model.W_E @ w_q) @ (left_behind @ w_k).T
 
 
-def _smear_keys(model: TransformerBridge) -> None:
-    """Give the model one trainable mix per head and the permanent hook that applies it."""
-    alpha = torch.nn.Parameter(torch.zeros(model.cfg.n_heads, device=model.cfg.device))
-    # on the wrapped model, whose parameters are those that the optimiser gets
-    model.original_model.register_parameter("smear_alpha", alpha)
-    model.add_hook(
-        "blocks.0.attn.hook_k",
-        lambda k, hook: smear(k, model.original_model.smear_alpha),
-        is_permanent=True,
-    )
+@torch.no_grad()
+def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> list[Tensor]:
+    """Both copies' losses, in-context-learning score, prefix-matching, previous-token scores."""
+    loss = per_token_loss(model, tokens)
+    icl = icl_score(loss, early=EARLY, late=LATE, window=AROUND)
+    prefix = score_heads(model, tokens, prefix_matching_score)
+    previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
+    return [values.mean(0) for values in (*half_losses(loss, LONGEST), icl, prefix, previous)]
