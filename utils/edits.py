@@ -31,9 +31,10 @@ STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 class Run(NamedTuple):
-    """Activations by hook name: of one run (with its tokens and the edits it ran under), or means.
+    """Activations by hook name: of one run (with its tokens and the edits it ran under), or others.
 
-    An axis of length one, as in a mean over prompts or positions, stands for all of them.
+    Means or mixtures of runs have no tokens. An axis of length one, as in a mean over prompts or
+    positions, stands for all of them.
     """
 
     activations: Mapping[str, Tensor]
