@@ -88,6 +88,7 @@ def test_a_claim_holds_only_with_those_it_needs(ledger):
     ledger.record("lm.needy", 1.0)
     assert verdicts(ledger) == {"lm.loss": "does not hold", "lm.needy": "does not hold"}
     ledger.record("lm.loss", Estimate(3.0, 0.1, 8))
+    assert verdicts(ledger) == {"lm.loss": "holds"}  # the other was decided by the old verdict
     ledger.record("lm.needy", 1.0)
     assert verdicts(ledger) == {"lm.loss": "holds", "lm.needy": "holds"}
     ledger.record("lm.needy", -1.0)

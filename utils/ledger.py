@@ -62,14 +62,15 @@ class Ledger:
         """Report `measured`, a number or an `Estimate`; the claim's rule decides from everything.
 
         It does not hold when a claim that it needs does not, or a figure is None, NaN or (if it is
-        reported) infinite. A second record of a claim replaces the first. Raises ValueError for an
-        unknown id, or when a claim that it needs was not recorded, TypeError for figures that are
-        not those of the rule.
+        reported) infinite. A second record of a claim replaces the first; if its verdict is
+        another, what needs it has to be recorded again. Raises ValueError for an unknown id, or
+        when a claim that it needs was not recorded, TypeError for figures that are not the rule's.
         """
         if claim_id not in self.claims:
             raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
         claim = self.claims[claim_id]
         entries = {entry["id"]: entry for entry in self.data["claims"]}
+        before = entries.get(claim_id)
         for needed in claim.needs:
             if needed not in entries:
                 raise ValueError(f"{claim_id} needs {needed}, which was not recorded before it")
@@ -94,6 +95,9 @@ class Ledger:
             "n": n,
             "verdict": HOLDS if holds else FAILS,
         }
+        if before and before["verdict"] != entries[claim_id]["verdict"]:
+            for other in [i for i in entries if claim_id in self.claims[i].needs]:
+                del entries[other]  # decided by the earlier verdict: to be recorded again
         self.data["claims"] = [entries[i] for i in self.claims if i in entries]
         write_json(self.path, self.data)
 
