@@ -183,6 +183,20 @@ def logit_diffs(
     return sweep(model, prompts.tokens, metric, interventions, base, desc="circuits")
 
 
+def run_circuit(
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
+) -> Float[Tensor, "prompt"]:
+    """F(C): the logit difference with all but the kept nodes mean-ablated."""
+    return logit_diffs(model, prompts, [[]], base=outside(model, prompts, means, kept))[0]
+
+
+def run_knockout(
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, removed: Set[Node]
+) -> Float[Tensor, "prompt"]:
+    """F(M - K): the logit difference with the removed nodes mean-ablated."""
+    return logit_diffs(model, prompts, [[]], base=knock_out(model, prompts, means, removed))[0]
+
+
 @checked
 def faithfulness(circuit: Float[Tensor, "prompt"], model: Float[Tensor, "prompt"]) -> Faithfulness:
     """Mean F(C) over mean F(M), and |mean F(M) - mean F(C)| (Wang et al. 2022, section 4).
