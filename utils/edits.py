@@ -65,11 +65,17 @@ class Edit(NamedTuple):
 
     def _part(self, what: str, values: Tensor, x: Tensor, rows: slice, start: int) -> Tensor:
         """What belongs to these prompts and positions; ValueError if it does not fit `x`."""
-        values = values[rows] if len(values) > 1 else values
-        if values.shape[self.position_axis] > 1:
-            values = values.movedim(self.position_axis, 0)[start:].movedim(0, self.position_axis)
-        shape = x.shape[-values.ndim :]  # copies of the prompts may stand in front
-        if any(got not in (1, want) for got, want in zip(values.shape, shape, strict=True)):
+        axis = self.position_axis
+        fits = axis < values.ndim <= x.ndim  # copies of the prompts may stand in front
+        if fits:
+            values = values[rows] if len(values) > 1 else values
+            if values.shape[axis] > 1:
+                values = values.movedim(axis, 0)[start:].movedim(0, axis)
+            fits = all(
+                got in (1, want)
+                for got, want in zip(values.shape, x.shape[-values.ndim :], strict=True)
+            )
+        if not fits:
             got = f"{what} of the edit at {self.name} is for {list(values.shape)}"
             raise ValueError(f"{got}, this run has {list(x.shape)}")
         return values.to(x.device)
