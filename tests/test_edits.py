@@ -84,7 +84,7 @@ def test_heads_from_equals_hooks_written_out(every_model, draw, kind, at):
 def test_stream_from_equals_hooks_written_out(small_model, draw, site):
     model, tokens, others = small_model, draw(small_model), draw(small_model, seed=1)
     if hook_name(0, site) not in model.hook_dict:
-        with pytest.raises(ValueError, match="site must be one of .* that the model has"):
+        with pytest.raises(ValueError, match=r"site must be one of .* that the model has"):
             stream_from(model, 1, 0.0, site)
         return
     run = record(model, others, [site])
