@@ -54,8 +54,8 @@ def whole_runs(model, tokens, interventions, base=(), metric=one_logit):
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "mean over positions", "other run"])
 @pytest.mark.parametrize("at", [None, POSITIONS])
-def test_heads_from_equals_hooks_written_out(every_model, draw, kind, at):
-    model, tokens, others = every_model, draw(every_model), draw(every_model, seed=1)
+def test_heads_from_equals_hooks_written_out(small_model, draw, kind, at):
+    model, tokens, others = small_model, draw(small_model), draw(small_model, seed=1)
     top = model.cfg.n_layers - 1
     for site in HEAD_SITES if kind in ("zero", "other run") else ["z"]:
         heads = [(0, 0), (top, 1), (0, n_site_heads(model, site) - 1)]
@@ -161,8 +161,7 @@ def mixed(model, tokens):
     ]
 
 
-@pytest.mark.parametrize("under_base", [False, True])
-@pytest.mark.parametrize("read", [None, [1, 4], [8]])
+@pytest.mark.parametrize(("read", "under_base"), [(None, False), (None, True), ([1, 4], True)])
 def test_a_sweep_is_one_whole_run_for_each(every_model, draw, read, under_base):
     model, tokens = every_model, draw(every_model)
     top = model.cfg.n_layers - 1

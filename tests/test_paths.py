@@ -60,7 +60,7 @@ def test_every_head_to_the_logits(small_model):
     got = path_patch(small_model, original, new, metric)
     want = [recipe(small_model, original, new, head) for head in all_heads(small_model)]
     torch.testing.assert_close(got.flatten(1), torch.stack(want, dim=1), **CLOSE)
-    assert (got - metric(small(original))[:, None, None]).abs().amax() > 1e-3
+    assert (got - metric(small_model(original))[:, None, None]).abs().amax() > 1e-3
 
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([8, 6])])
@@ -75,7 +75,7 @@ def test_every_head_to_receivers(small_model, site, positions):
         for head in all_heads(small_model)
     ]
     torch.testing.assert_close(got.flatten(1), torch.stack(want, dim=1), **CLOSE)
-    assert (got - metric(small(original))[:, None, None]).abs().amax() > 1e-4
+    assert (got - metric(small_model(original))[:, None, None]).abs().amax() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_senders_without_a_path_change_nothing(random_gpt2):
 def test_the_same_prompts_change_nothing(small_model):
     original = prompts(small_model)[0]
     got = path_patch(small_model, original, original, metric)
-    want = metric(small(original))[:, None, None].expand_as(got)
+    want = metric(small_model(original))[:, None, None].expand_as(got)
     torch.testing.assert_close(got, want, **CLOSE)
 
 

@@ -203,15 +203,15 @@ def test_packs_are_sized_to_memory(random_gpt2):
 
 
 @pytest.mark.parametrize("read", [None, [2, 5]])
-def test_known_metrics_need_no_unembedding(every_model, draw, read):
-    tokens, n_logits = draw(every_model), []
+def test_known_metrics_need_no_unembedding(small_model, draw, read):
+    tokens, n_logits = draw(small_model), []
     metric = TokenLoss(tokens[:, read]) if read else LogitDiff(torch.tensor([[7, 11], [5, 3]]))
-    sweep(every_model, tokens, metric, [[]], read=read)  # the check on first use
-    handle = every_model.unembed.register_forward_hook(lambda *given: n_logits.append(1))
+    sweep(small_model, tokens, metric, [[]], read=read)  # the check on first use
+    handle = small_model.unembed.register_forward_hook(lambda *given: n_logits.append(1))
     try:
-        sweep(every_model, tokens, metric, zero_each(every_model), read=read)
+        sweep(small_model, tokens, metric, zero_each(small_model), read=read)
         assert len(n_logits) == 1  # of the recorded run
-        sweep(every_model, tokens, one_logit, zero_each(every_model))
+        sweep(small_model, tokens, one_logit, zero_each(small_model))
         assert len(n_logits) > 2
     finally:
         handle.remove()

@@ -27,7 +27,8 @@ from utils.heads import HEAD_SITES, check_heads, n_site_heads
 from utils.prompts import check_tokens
 from utils.typed import checked
 
-STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+# not "resid_mid": what a hook puts there reaches the MLP alone, and not the stream above it
+STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 
 class Run(NamedTuple):
@@ -158,8 +159,8 @@ def stream_from(
 ) -> list[Edit]:
     """The edit that takes a layer's residual stream, or what attention or MLP adds, from `source`.
 
-    `site`: "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out"; `at` as in
-    `heads_from`. Raises ValueError for a layer or site the model lacks, or a source without it.
+    `site`: "resid_pre", "resid_post", "attn_out" or "mlp_out"; `at` as in `heads_from`. Raises
+    ValueError for a layer or site the model lacks, or a source without it.
     """
     if site not in STREAM_SITES or hook_name(0, site) not in model.hook_dict:
         raise ValueError(f"site must be one of {STREAM_SITES} that the model has, got {site!r}")
