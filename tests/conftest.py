@@ -112,6 +112,43 @@ def toy2():
     return build_toy(n_layers=2, seed=0)
 
 
+@pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])
+def every_model(request):
+    """Each kind of model in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["random_gpt2", "llama", "neox", "toy2"])
+def small_model(request):
+    """Each kind of model in turn, but only small ones."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def new_neox(random_bridge):
+    """`neox` once more, as nobody has used it yet."""
+    return random_bridge(GPTNeoXConfig(num_attention_heads=4, **RANDOM))
+
+
+@pytest.fixture
+def draw():
+    """A function that draws random prompts, the same for the same arguments."""
+
+    def tokens(model, n_prompts=2, length=9, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, model.cfg.d_vocab, (n_prompts, length), generator=generator)
+
+    return tokens
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """Fails the test when a forward pass is spent."""
+    monkeypatch.setattr(
+        TransformerBridge, "forward", lambda *_, **__: pytest.fail("a forward pass was spent")
+    )
+
+
 @pytest.fixture(params=["smollm2", "random_gpt2"])
 def model_pair(request):
     """A model in compatibility mode, and the untouched Hugging Face model."""

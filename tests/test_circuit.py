@@ -1,19 +1,16 @@
 """Circuits against forward hooks on the untouched Hugging Face model, and against plain loops."""
 
 import math
-from contextlib import ExitStack
 from itertools import product
 
 import pytest
+import references
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils import circuit as c
-from utils import masks
 from utils.heads import Head, all_heads
 from utils.ioi import IOIPrompts
-from utils.metrics import last_position_hooks, logit_diff
-from utils.models import load_model
+from utils.metrics import logit_diff
 
 CLOSE = {"atol": 2e-3, "rtol": 1e-3}
 N_POSITIONS = 7
@@ -50,58 +47,30 @@ def random_prompts(n_prompts=4, seed=0, high=1000):
 
 
 class Reference:
-    """The same ablations on the Hugging Face model, one prompt at a time, head by head."""
+    """The same ablations on the Hugging Face model, one prompt at a time, node by node."""
 
     def __init__(self, hf, prompts, means_from):
         self.hf, self.prompts = hf, prompts
-        blocks = hf.transformer.h if hasattr(hf, "transformer") else hf.model.layers
-        self.outputs = [b.attn.c_proj if hasattr(b, "attn") else b.self_attn.o_proj for b in blocks]
-        self.n_heads = hf.config.num_attention_heads
-        z = [self.z(row) for row in means_from.corrupted["abc"]]
-        self.means = {}
+        z = [references.recorded(hf, row[None])[0] for row in means_from.corrupted["abc"]]
+        self.means = {}  # of a template: [layer pos head d_head]
         for t in set(means_from.template.tolist()):
             rows = [z[i] for i in range(len(z)) if means_from.template[i] == t]
-            self.means[t] = [sum(layers) / len(rows) for layers in zip(*rows, strict=True)]
-
-    def run(self, row, hook_for):
-        with ExitStack() as stack:
-            for layer, output in enumerate(self.outputs):
-                stack.callback(output.register_forward_pre_hook(hook_for(layer)).remove)
-            return self.hf(row[None]).logits[0, -1]
-
-    def z(self, row):
-        kept = {}
-
-        def hook_for(layer):
-            def keep(module, args):
-                kept[layer] = args[0].clone()
-
-            return keep
-
-        self.run(row, hook_for)
-        return [kept[layer] for layer in range(len(self.outputs))]
+            self.means[t] = sum(rows) / len(rows)
 
     def logit_diffs(self, ablate):
-        """`ablate(layer, head, position, names of that position)` says what to replace."""
+        """`ablate(layer, head, names of a position)` says what to replace."""
         values = []
         for i, row in enumerate(self.prompts.tokens):
             at = {name: int(p[i]) for name, p in self.prompts.positions.items()}
             mean = self.means[int(self.prompts.template[i])]
 
-            def hook_for(layer, at=at, mean=mean):
-                def replace(module, args):
-                    z = args[0].unflatten(-1, (self.n_heads, -1)).clone()
-                    new = mean[layer].unflatten(-1, (self.n_heads, -1))
-                    for pos in range(N_POSITIONS):
-                        names = [name for name, p in at.items() if p == pos]
-                        for head in range(self.n_heads):
-                            if ablate(layer, head, names):
-                                z[:, pos, head] = new[:, pos, head]
-                    return (z.flatten(-2),)
+            def edit(layer, z, at=at, mean=mean):
+                for pos, head in product(range(N_POSITIONS), range(z.shape[2])):
+                    if ablate(layer, head, [name for name, p in at.items() if p == pos]):
+                        z[:, pos, head] = mean[layer, pos, head]
+                return z
 
-                return replace
-
-            logits = self.run(row, hook_for)
+            logits = references.run(self.hf, row[None], edit)[0, -1]
             right, wrong = self.prompts.answers[i]
             values.append(logits[right] - logits[wrong])
         return torch.stack(values)
@@ -117,17 +86,16 @@ class Reference:
         )
 
 
+def means_for(model, prompts, means_from):
+    return c.means_run(prompts, c.abc_means(model, means_from))
+
+
 @pytest.fixture(scope="module")
 def gpt2_case(random_gpt2, random_gpt2_hf):
     with torch.no_grad():
         prompts, more = random_prompts(), random_prompts(6, seed=1)
         reference = Reference(random_gpt2_hf, prompts, more)
-        return random_gpt2, prompts, c.abc_means(random_gpt2, more), reference
-
-
-def full(model, prompts):
-    logits = model.run_with_hooks(prompts.tokens, fwd_hooks=last_position_hooks())
-    return logit_diff(logits, prompts.answers)
+        return random_gpt2, prompts, means_for(random_gpt2, prompts, more), reference
 
 
 def every_node(model, prompts):
@@ -137,22 +105,8 @@ def every_node(model, prompts):
     return nodes, prompts._replace(positions=positions)
 
 
-@pytest.fixture(scope="module")
-def neox(smollm2, tmp_path_factory):
-    """A random model with attention and MLP in parallel, and partly rotary positions."""
-    config = GPTNeoXConfig(
-        num_hidden_layers=3,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        vocab_size=smollm2.cfg.d_vocab,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("random") / "random-neox"
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
-    smollm2.tokenizer.save_pretrained(folder)
-    return load_model(str(folder), device="cpu")
+def full(model, prompts):
+    return logit_diff(model(prompts.tokens), prompts.answers)
 
 
 # Running circuits
@@ -160,24 +114,19 @@ def neox(smollm2, tmp_path_factory):
 
 def test_circuit_and_knockout_equal_hugging_face_hooks(model_pair):
     model, hf = model_pair
-    prompts = random_prompts()
-    more = random_prompts(6, seed=1)
-    means = c.abc_means(model, more)
-    reference = Reference(hf, prompts, more)
+    prompts, more = random_prompts(), random_prompts(6, seed=1)
+    means, reference = means_for(model, prompts, more), Reference(hf, prompts, more)
     nodes = c.nodes(CIRCUIT)
-    torch.testing.assert_close(
-        c.run_circuit(model, prompts, means, nodes), reference.circuit(nodes), **CLOSE
-    )
-    torch.testing.assert_close(
-        c.run_knockout(model, prompts, means, nodes), reference.knockout(nodes), **CLOSE
-    )
+    got = c.run_circuit(model, prompts, means, nodes)
+    torch.testing.assert_close(got, reference.circuit(nodes), **CLOSE)
+    got = c.run_knockout(model, prompts, means, nodes)
+    torch.testing.assert_close(got, reference.knockout(nodes), **CLOSE)
 
 
 def test_ablating_nothing_gives_the_full_model(model_pair):
     model, _ = model_pair
     prompts = random_prompts()
-    means = c.abc_means(model, prompts)
-    whole = full(model, prompts)
+    means, whole = means_for(model, prompts, prompts), full(model, prompts)
     torch.testing.assert_close(c.run_knockout(model, prompts, means, set()), whole, **CLOSE)
     everything, named = every_node(model, prompts)
     alone = c.run_circuit(model, named, means, everything)
@@ -193,7 +142,7 @@ def test_an_empty_circuit_is_the_model_with_every_node_knocked_out(gpt2_case):
     torch.testing.assert_close(c.run_knockout(model, named, means, everything), nothing, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["neox", "toy2"])
+@pytest.mark.parametrize("name", ["llama", "neox", "toy2"])
 def test_other_architectures_equal_plain_hooks(name, request):
     model = request.getfixturevalue(name)
     prompts = random_prompts(high=model.cfg.d_vocab)
@@ -210,33 +159,16 @@ def test_other_architectures_equal_plain_hooks(name, request):
 
     hooks = [(f"blocks.{layer}.attn.hook_z", replace) for layer in range(model.cfg.n_layers)]
     want = logit_diff(model.run_with_hooks(prompts.tokens, fwd_hooks=hooks), prompts.answers)
-    torch.testing.assert_close(c.run_circuit(model, prompts, means, kept), want, **CLOSE)
+    got = c.run_circuit(model, prompts, c.means_run(prompts, means), kept)
+    torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_batches_of_prompts_do_not_change_the_result(gpt2_case, monkeypatch):
+def test_means_are_the_same_in_small_batches(gpt2_case, monkeypatch):
     model, prompts, means, _ = gpt2_case
-    nodes = c.nodes(CIRCUIT)
-    at_once = c.run_circuit(model, prompts, means, nodes)
-    more = random_prompts(6, seed=1)
     monkeypatch.setattr("utils.metrics.MAX_LOGITS", 1)  # one prompt at a time
-    torch.testing.assert_close(c.run_circuit(model, prompts, means, nodes), at_once, **CLOSE)
-    torch.testing.assert_close(c.abc_means(model, more), means, **CLOSE)
-
-
-def test_packing_runs_does_not_change_the_result(gpt2_case, monkeypatch):
-    model, prompts, means, _ = gpt2_case
-    packed = c.minimality(model, prompts, means, CIRCUIT)
-    monkeypatch.setattr("utils.masks.pack_size", lambda *_: 1)  # one mask at a time
-    for node, change in c.minimality(model, prompts, means, CIRCUIT).items():
-        torch.testing.assert_close(change, packed[node], **CLOSE)
-
-
-def test_no_hook_is_left_after_an_error(gpt2_case):
-    model, prompts, means, _ = gpt2_case
-    before = full(model, prompts)
-    with pytest.raises(RuntimeError):  # in a hook, on the way
-        c.run_circuit(model, prompts, means[..., :-1], c.nodes(CIRCUIT))
-    torch.testing.assert_close(full(model, prompts), before)
+    again = means_for(model, prompts, random_prompts(6, seed=1))
+    for name, values in means.activations.items():
+        torch.testing.assert_close(again.activations[name], values, **CLOSE)
 
 
 # Completeness and minimality
@@ -272,16 +204,6 @@ def test_minimality_takes_the_larger_of_the_two_changes(gpt2_case):
     assert used == {False, True}  # both kinds of K were put to the test
 
 
-def test_a_role_of_your_own_gets_its_position_from_you(gpt2_case):
-    model, prompts, means, reference = gpt2_case
-    own, positions = {"subject_suppressor": [Head(1, 1)]}, {"subject_suppressor": "END"}
-    result = c.completeness(model, prompts, means, own, positions)
-    kept = {(Head(1, 1), "END")}
-    torch.testing.assert_close(result["none"][0], reference.circuit(kept), **CLOSE)
-    change = c.minimality(model, prompts, means, own, positions)[Head(1, 1), "END"]
-    torch.testing.assert_close(change, reference.circuit(kept) - reference.circuit(set()), **CLOSE)
-
-
 # Faithfulness
 
 
@@ -309,26 +231,9 @@ def test_faithfulness_error_agrees_with_the_bootstrap():
 # Circuits as data
 
 
-def test_the_papers_circuit():
-    sizes = {role: len(heads) for role, heads in c.PAPER_CIRCUIT.items()}
-    assert sum(sizes.values()) == 26 == len(c.nodes(c.PAPER_CIRCUIT))
-    assert sizes["backup_name_mover"] == 8
-    assert (Head(9, 9), "END") in c.nodes(c.PAPER_CIRCUIT)
-    assert (Head(4, 11), "S1+1") in c.nodes(c.PAPER_CIRCUIT)
-
-
 def test_a_head_in_two_roles_is_two_nodes():
     assert len(c.nodes(CIRCUIT)) == 5
     assert {(Head(1, 2), "S2"), (Head(1, 2), "END")} <= c.nodes(CIRCUIT)
-
-
-def test_a_mask_that_spares_what_the_recording_ablates_is_refused(gpt2_case):
-    model, prompts, means, _ = gpt2_case
-    all_of_it = torch.ones(4, model.cfg.n_layers, N_POSITIONS, model.cfg.n_heads, dtype=torch.bool)
-    none_of_it = torch.zeros_like(all_of_it)
-    masks.masked_logit_diffs(model, prompts, means, [none_of_it, all_of_it])
-    with pytest.raises(ValueError, match="every mask must ablate what the first does"):
-        masks.masked_logit_diffs(model, prompts, means, [all_of_it, none_of_it])
 
 
 def test_keep_mask_marks_each_prompts_own_position(random_gpt2):
@@ -353,17 +258,6 @@ def test_select_heads_by_sign_size_and_error():
     assert c.select_heads(effects, 3.0, sign=1) == []
 
 
-def test_precision_and_recall():
-    found, published = (
-        [Head(0, 1), Head(1, 1), (2, 2)],
-        [Head(1, 1), Head(2, 2), Head(3, 3), (4, 4)],
-    )
-    assert c.precision_recall(found, published) == pytest.approx((2 / 3, 1 / 2))
-    precision, recall = c.precision_recall([], published)
-    assert math.isnan(precision)
-    assert recall == 0
-
-
 def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):
     draws = c.random_circuits(random_gpt2, CIRCUIT, n_draws=20, seed=3)
     taken = {head for heads in CIRCUIT.values() for head in heads}
@@ -381,33 +275,20 @@ def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):
 # Bad input
 
 
-def run_with(case, **changes):
-    model, prompts, means, _ = case
-    arguments = {"prompts": prompts, "means": means, "kept": c.nodes(CIRCUIT)} | changes
-    return c.run_circuit(model, **arguments)
-
-
-def test_bad_input_to_a_run_is_refused(gpt2_case):
-    _, prompts, means, _ = gpt2_case
-    with pytest.raises(ValueError, match="no head L9H0 in 3 layers"):
-        run_with(gpt2_case, kept={(Head(9, 0), "END")})
-    with pytest.raises(ValueError, match="no position 'S3'"):
-        run_with(gpt2_case, kept={(Head(0, 0), "S3")})
-    with pytest.raises(ValueError, match=r"means .* and ablated .* must agree"):
-        run_with(gpt2_case, means=means[:, :, :-1])
-    with pytest.raises(ValueError, match=r"template must be 4 numbers in 0\.\.0"):
-        run_with(gpt2_case, means=means[:1])
-    one_template = prompts._replace(template=torch.full_like(prompts.template, 1))
-    lacking = c.abc_means(gpt2_case[0], one_template)
-    with pytest.raises(ValueError, match=r"means lacks template \[0\]"):
-        run_with(gpt2_case, means=lacking)
-
-
-def test_hooks_refuse_other_prompts(gpt2_case):
-    model, prompts, means, _ = gpt2_case
-    hooks = c.mean_ablation_mask_hooks(means, prompts.template, torch.ones(4, 3, 7, 4) > 0)
-    with pytest.raises(ValueError, match="ablated is for"):
-        model.run_with_hooks(prompts.tokens[:2], fwd_hooks=hooks)
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize("run", [c.run_circuit, c.run_knockout])
+def test_bad_input_to_a_run_is_refused(random_gpt2, run):
+    prompts, means = random_prompts(), torch.zeros(2, 3, N_POSITIONS, 4, 16)
+    fitting = c.means_run(prompts, means)
+    for node, message in (
+        ((Head(9, 0), "END"), "no head L9H0 at 'z': 3 layers"),
+        ((Head(0, 0), "S3"), "no position 'S3', prompts have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(random_gpt2, prompts, fitting, {node})
+    shorter = c.means_run(prompts, means[..., :-1])
+    with pytest.raises(ValueError, match=r"source of .* is for \[4, 7, 4, 15\]"):
+        run(random_gpt2, prompts, shorter, c.nodes(CIRCUIT))
 
 
 @pytest.mark.parametrize(
@@ -415,11 +296,23 @@ def test_hooks_refuse_other_prompts(gpt2_case):
     [
         (lambda: c.nodes({"helper": [Head(0, 0)]}), "role 'helper' has no position"),
         (lambda: c.select_heads(torch.zeros(1, 2, 2), 0.1, 1), "2 or more prompts"),
+        (lambda: c.select_heads(torch.zeros(2, 2), 0.1, 1), "effects must be .*layer head"),
         (lambda: c.select_heads(torch.zeros(2, 2, 2), -0.1, 1), "must not be negative"),
         (lambda: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be \+1 or -1"),
-        (lambda: c.precision_recall([Head(0, 0)], []), "published is empty"),
-        (lambda: c.faithfulness(torch.ones(2), torch.ones(3)), "circuit and model"),
+        (lambda: c.faithfulness(torch.ones(2), torch.ones(3)), "model must be .* prompt=2"),
         (lambda: c.faithfulness(torch.ones(2), torch.zeros(2)), "mean logit difference is zero"),
+        (
+            lambda: c.means_run(random_prompts(), torch.zeros(2, 3, 6, 4, 16)),
+            "means are for 6 positions, prompts have 7",
+        ),
+        (
+            lambda: c.means_run(random_prompts(), torch.zeros(1, 3, 7, 4, 16)),
+            r"means lacks template \[1\]",
+        ),
+        (
+            lambda: c.means_run(random_prompts(), torch.full((2, 3, 7, 4, 16), math.nan)),
+            r"means lacks template \[0, 1\]",
+        ),
     ],
 )
 def test_bad_input_to_the_figures_is_refused(call, message):

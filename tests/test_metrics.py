@@ -42,23 +42,6 @@ def test_per_token_loss_is_the_same_in_small_batches(random_gpt2, monkeypatch):
     torch.testing.assert_close(per_token_loss(random_gpt2, tokens), whole)
 
 
-def test_per_token_loss_gives_each_batch_its_own_hooks(random_gpt2, monkeypatch):
-    tokens = repeated_tokens(random_gpt2, 3, 4)
-    monkeypatch.setattr(metrics, "MAX_LOGITS", 1)
-    wrong_embedding = random_gpt2.W_E[tokens.roll(1, 0)]
-
-    def hooks(batch):
-        index = tokens.eq(batch).all(1).nonzero().item()
-        return [("hook_embed", lambda embed, hook: wrong_embedding[[index]])]
-
-    seen = per_token_loss(random_gpt2, tokens, hooks)
-    logits = random_gpt2(tokens.roll(1, 0))[:, :-1]
-    want = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), tokens[:, 1:], reduction="none"
-    )
-    torch.testing.assert_close(seen, want, atol=1e-4, rtol=1e-4)
-
-
 def test_last_position_hooks_leave_the_last_logits_alone(model_pair):
     model, _ = model_pair
     tokens = repeated_tokens(model, 2, 5)
@@ -160,29 +143,38 @@ def test_estimates_print_as_many_digits_as_the_error_allows(value, text):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: estimate(torch.tensor([])), r"non-empty vector, got shape \(0,\)"),
-        (lambda: estimate(torch.ones(2, 2)), r"non-empty vector, got shape \(2, 2\)"),
-        (lambda: half_losses(torch.ones(4), 2), r"\[prompt pos-1\], got \(4,\)"),
+        (lambda: estimate(torch.tensor([])), "values is empty"),
+        (lambda: estimate(torch.ones(2, 2)), r"values must be .*shape \[2, 2\]"),
+        (lambda: half_losses(torch.ones(4), 2), r"loss must be .*prompt column.*shape \[4\]"),
         (lambda: half_losses(torch.ones(2, 9), 5), "at least 10 columns, got 9"),
         (lambda: half_losses(torch.ones(2, 9), 1), "needs 2 or more tokens"),
-        (lambda: icl_score(torch.ones(600)), r"\[prompt pos-1\], got \(600,\)"),
+        (lambda: icl_score(torch.ones(600)), r"loss must be .*prompt column.*shape \[600\]"),
         (lambda: icl_score(torch.ones(2, 505)), "50 and 500 with window 10 .* within 1..505"),
         (lambda: icl_score(torch.ones(2, 60), 5, 50, 5), "5 and 50 with window 5"),
         (lambda: icl_score(torch.ones(2, 60), 50, 5, 0), "must be in order"),
-        (lambda: logit_diff(torch.ones(2, 9), torch.ones(2, 2).long()), "logits must have shape"),
-        (lambda: logit_diff(torch.ones(2, 3, 9), torch.ones(2).long()), r"\[2 2\], got \[2\]"),
+        (
+            lambda: logit_diff(torch.ones(2, 9), torch.ones(2, 2).long()),
+            "logits must be .*prompt pos vocab",
+        ),
+        (
+            lambda: logit_diff(torch.ones(2, 3, 9), torch.ones(2).long()),
+            r"answers must be .*prompt=2.*shape \[2\]",
+        ),
         *(
-            (lambda f=f: f(torch.ones(2, 3, 9), torch.ones(3, 2).long()), r"\[2 2\], got \[3, 2\]")
+            (
+                lambda f=f: f(torch.ones(2, 3, 9), torch.ones(3, 2).long()),
+                r"answers must be .*prompt=2.*\[3, 2\]",
+            )
             for f in (accuracy, answer_probability, answer_rank)
         ),
-        (lambda: correlation(torch.rand(3), torch.rand(4)), r"one length, got \(3,\) and \(4,\)"),
-        (lambda: correlation(torch.rand(2, 2), torch.rand(2, 2)), r"must be vectors"),
+        (lambda: correlation(torch.rand(3), torch.rand(4)), "y must be .*n=3.*"),
+        (lambda: correlation(torch.rand(2, 2), torch.rand(2, 2)), "x must be"),
         (lambda: correlation(torch.ones(4), torch.rand(4)), "x must vary, got 4 values all"),
         (lambda: correlation(torch.rand(4), torch.zeros(4)), "y must vary, got 4 values all"),
         (lambda: correlation(torch.rand(0), torch.rand(0)), "x must vary, got 0 values"),
         (
             lambda: normalised_effect(torch.ones(3, 4), torch.ones(2), torch.zeros(2)),
-            "must agree on the prompts",
+            r"clean must be .*prompt=3.*shape \[2\]",
         ),
         (
             lambda: normalised_effect(torch.ones(2, 4), torch.ones(2), torch.ones(2)),

@@ -2,16 +2,22 @@
 
 import pandas as pd
 import pytest
+import references
 import torch
 from transformer_lens import patching
 
-from utils.heads import all_heads, cache_heads
+from utils.edits import heads_from, record
+from utils.heads import HEAD_SITES
 from utils.metrics import logit_diff
-from utils.patching import SITES, patch_head_hooks, patch_heads, patch_residual, patch_sublayer
+from utils.patching import patch_heads, patch_stream
 from utils.prompts import induction_prompts, repeated_tokens
 
 CLOSE = {"atol": 5e-3, "rtol": 1e-3}
 pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def one_logit(logits):
+    return logits[:, -1, 7]
 
 
 @pytest.fixture
@@ -21,46 +27,17 @@ def task(model_pair):
     return prompts, lambda logits: logit_diff(logits, prompts.answers)
 
 
-def site_module(hf, layer, site):
-    """The module and the part of its output (input for z) that holds a site of every head."""
-    if hasattr(hf, "transformer"):
-        attn, d_model = hf.transformer.h[layer].attn, hf.config.n_embd
-        start = {"q": 0, "k": d_model, "v": 2 * d_model, "z": 0}[site]
-        return attn.c_proj if site == "z" else attn.c_attn, slice(start, start + d_model)
-    attn = hf.model.layers[layer].self_attn
-    return getattr(attn, "o_proj" if site == "z" else f"{site}_proj"), slice(None)
+def hf_patched(hf, clean, corrupted, metric, layer, place, site):
+    """The metric with one head, or one position, of a layer taken from the clean run."""
+    values = references.recorded(hf, clean, site)[:, layer]
 
-
-def with_hook(module, site, hook, run):
-    """Run with `hook(activation)` on the module's output, or on its input for z."""
-    if site == "z":
-        handle = module.register_forward_pre_hook(lambda _, args: (hook(args[0]),))
-    else:
-        handle = module.register_forward_hook(lambda _, args, out: hook(out))
-    try:
-        return run()
-    finally:
-        handle.remove()
-
-
-def hf_patched(hf, clean, corrupted, metric, layer, head, site):
-    """The metric with one head's activation taken from the clean run, by Hugging Face hooks."""
-    module, part = site_module(hf, layer, site)
-    d_head = hf.config.hidden_size // hf.config.num_attention_heads
-    kept = {}
-
-    def keep(x):
-        kept["clean"] = x.clone()
+    def edit(la, x):
+        if la == layer:
+            where = (slice(None), slice(None), place) if site in "zqkv" else (slice(None), place)
+            x[where] = values[where]
         return x
 
-    def patch(x):
-        columns = slice((part.start or 0) + head * d_head, (part.start or 0) + (head + 1) * d_head)
-        x = x.clone()
-        x[..., columns] = kept["clean"][..., columns]
-        return x
-
-    with_hook(module, site, keep, lambda: hf(clean))
-    return metric(with_hook(module, site, patch, lambda: hf(corrupted).logits))
+    return metric(references.run(hf, corrupted, edit, site))
 
 
 @pytest.mark.parametrize("site", ["z", "q", "k", "v"])
@@ -85,63 +62,37 @@ def test_patching_patterns_equals_attending_by_hand(random_gpt2):
         return z
 
     logits = random_gpt2.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.attn.hook_z", attend)])
-    got = patch_heads(
-        random_gpt2, clean, corrupted, lambda x: x[:, -1, 7], "pattern", heads=[(1, 2)]
-    )
+    got = patch_heads(random_gpt2, clean, corrupted, one_logit, "pattern", heads=[(1, 2)])
     torch.testing.assert_close(got[:, 0], logits[:, -1, 7], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", HEAD_SITES)
 def test_all_heads_have_a_place_each(random_gpt2, site):
     prompts = induction_prompts(random_gpt2, 2, 7)
     pair = (prompts.clean, prompts.corrupted["key"])
-    every = patch_heads(random_gpt2, *pair, lambda x: x[:, -1, 7], site)
+    every = patch_heads(random_gpt2, *pair, one_logit, site)
     assert every.shape == (2, 3, 4)
-    some = patch_heads(random_gpt2, *pair, lambda x: x[:, -1, 7], site, [(2, 3), (0, 1)])
+    some = patch_heads(random_gpt2, *pair, one_logit, site, [(2, 3), (0, 1)])
     torch.testing.assert_close(torch.stack([every[:, 2, 3], every[:, 0, 1]], dim=1), some)
 
 
 def test_grouped_keys_and_values_are_patched_by_key_value_head(smollm2):
     tokens = repeated_tokens(smollm2, 1, 4)
-    got = patch_heads(smollm2, tokens, tokens, lambda x: x[:, -1, 7], "k", [(29, 2)])
+    got = patch_heads(smollm2, tokens, tokens, one_logit, "k", [(29, 2)])
     assert got.shape == (1, 1)
-    with pytest.raises(ValueError, match="no head L29H3 at site 'k': 30 layers of 3"):
-        patch_heads(smollm2, tokens, tokens, lambda x: x[:, -1, 7], "k", [(29, 3)])
+    with pytest.raises(ValueError, match="no head L29H3 at 'k': 30 layers of 3"):
+        patch_heads(smollm2, tokens, tokens, one_logit, "k", [(29, 3)])
 
 
-def hf_residual_patched(hf, clean, corrupted, metric, layer, pos):
-    blocks = hf.transformer.h if hasattr(hf, "transformer") else hf.model.layers
-    kept = {}
-
-    def keep(module, args):
-        kept["clean"] = args[0].clone()
-
-    def patch(module, args):
-        hidden = args[0].clone()
-        hidden[:, pos] = kept["clean"][:, pos]
-        return (hidden, *args[1:])
-
-    for hook, tokens in ((keep, clean), (patch, corrupted)):
-        handle = blocks[layer].register_forward_pre_hook(hook)
-        try:
-            logits = hf(tokens).logits
-        finally:
-            handle.remove()
-    return metric(logits)
-
-
-def test_patching_the_residual_stream_equals_hugging_face_hooks(model_pair, task):
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
+def test_patching_the_stream_equals_hugging_face_hooks(model_pair, task, site):
     (model, hf), (prompts, metric) = model_pair, task
     clean, corrupted = prompts.clean, prompts.corrupted["key"]
     layers, positions = [1, 2], [prompts.positions[p] for p in ("B", "END")]
-    got = patch_residual(model, clean, corrupted, metric, positions, layers)
-    want = [
-        torch.stack(
-            [hf_residual_patched(hf, clean, corrupted, metric, la, pos) for pos in positions], dim=1
-        )
-        for la in layers
-    ]
-    torch.testing.assert_close(got, torch.stack(want, dim=1), **CLOSE)
+    got = patch_stream(model, clean, corrupted, metric, site, positions, layers)
+    cells = [(layer, pos) for layer in layers for pos in positions]
+    want = [hf_patched(hf, clean, corrupted, metric, *cell, site) for cell in cells]
+    torch.testing.assert_close(got.flatten(1), torch.stack(want, dim=1), **CLOSE)
 
 
 @pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
@@ -153,9 +104,7 @@ def test_patching_sublayers_equals_transformer_lens(request, name, site):
     layers, positions = [0, 2], [prompts.positions["A"] - 1, prompts.positions["B"], end]
     cache = model.run_with_cache(prompts.clean)[1]
     sweep = getattr(patching, f"get_act_patch_{site}")
-    got = patch_sublayer(
-        model, prompts.clean, corrupted, lambda x: x[:, -1, 7], site, positions, layers
-    )
+    got = patch_stream(model, prompts.clean, corrupted, one_logit, site, positions, layers)
     frame = pd.DataFrame(
         [(la, pos) for la in layers for pos in positions], columns=["layer", "pos"]
     )
@@ -163,7 +112,7 @@ def test_patching_sublayers_equals_transformer_lens(request, name, site):
         model,
         corrupted,
         cache,
-        lambda x: x[:, -1, 7].mean(),
+        lambda x: one_logit(x).mean(),
         index_axis_names=None,
         index_df=frame,
     )
@@ -177,45 +126,22 @@ def test_patching_everything_is_clean_and_nothing_is_corrupted(model_pair, task)
     (model, hf), (prompts, metric) = model_pair, task
     corrupted, end = prompts.corrupted["query"], prompts.positions["END"]
     # the query corruption changes END alone: before layer 0 that is all there is to patch
-    got = patch_residual(model, prompts.clean, corrupted, metric, [0, end - 1, end], [0])[:, 0]
+    got = patch_stream(
+        model, prompts.clean, corrupted, metric, "resid_pre", [0, end - 1, end], [0]
+    )[:, 0]
     clean, unpatched = metric(hf(prompts.clean).logits), metric(hf(corrupted).logits)
     torch.testing.assert_close(got, torch.stack([unpatched, unpatched, clean], dim=1), **CLOSE)
 
 
-def test_patching_the_residual_stream_of_a_native_toy(toy2):
-    clean, corrupted = (repeated_tokens(toy2, 2, 3, seed=seed) for seed in (0, 1))
-    cache = toy2.run_with_cache(clean)[1]
-
-    def patch(resid, hook):
-        resid[:, 4] = cache["resid_pre", 1][:, 4]
-        return resid
-
-    want = toy2.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.hook_resid_pre", patch)])
-    got = patch_residual(toy2, clean, corrupted, lambda x: x[:, -1, 7], [4], [1])
-    torch.testing.assert_close(got[:, 0, 0], want[:, -1, 7], atol=1e-4, rtol=1e-4)
-
-
 def test_default_is_every_layer_and_position(random_gpt2):
     clean, corrupted = (repeated_tokens(random_gpt2, 2, 3, seed=seed) for seed in (0, 1))
-    every = patch_residual(random_gpt2, clean, corrupted, lambda x: x[:, -1, 7])
+    every = patch_stream(random_gpt2, clean, corrupted, one_logit)
     assert every.shape == (2, 3, 7)
-    some = patch_residual(random_gpt2, clean, corrupted, lambda x: x[:, -1, 7], [5], [2])
+    some = patch_stream(random_gpt2, clean, corrupted, one_logit, "resid_pre", [5], [2])
     torch.testing.assert_close(every[:, 2:3, 5:6], some)
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("name", ["random_gpt2", "toy2"])
-def test_joint_hooks_equal_single_patches_for_one_head(request, name, site):
-    model = request.getfixturevalue(name)
-    prompts = induction_prompts(model, 2, 7)
-    clean, corrupted = prompts.clean, prompts.corrupted["key"]
-    hooks = patch_head_hooks(model, cache_heads(model, clean, [site]), [(1, 2)], site)
-    got = model.run_with_hooks(corrupted, fwd_hooks=hooks)[:, -1, 7]
-    want = patch_heads(model, clean, corrupted, lambda x: x[:, -1, 7], site, [(1, 2)])
-    torch.testing.assert_close(got, want[:, 0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", HEAD_SITES)
 def test_patching_equals_transformer_lens(random_gpt2, site):
     sweeps = {
         "z": patching.get_act_patch_attn_head_out_all_pos,
@@ -233,62 +159,50 @@ def test_patching_equals_transformer_lens(random_gpt2, site):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", HEAD_SITES)
 def test_joint_hooks_put_every_named_head_in_place(smollm2, site):
     clean, corrupted = (repeated_tokens(smollm2, 2, 3, seed=seed) for seed in (0, 1))
-    cache = cache_heads(smollm2, clean, [site])
-    plain = cache_heads(smollm2, corrupted, [site])
-    with smollm2.hooks(fwd_hooks=patch_head_hooks(smollm2, cache, [(4, 0), (4, 2)], site)):
-        patched = cache_heads(smollm2, corrupted, [site])[site, 4]
-    dim = 1 if site == "pattern" else 2
-    for head, source in [(0, cache), (1, plain), (2, cache)]:
-        torch.testing.assert_close(patched.select(dim, head), source[site, 4].select(dim, head))
-
-
-def test_all_outputs_of_a_layer_at_once_equal_its_attention_output(random_gpt2):
-    clean, corrupted = (repeated_tokens(random_gpt2, 2, 3, seed=seed) for seed in (0, 1))
-    layer_1 = [head for head in all_heads(random_gpt2) if head.layer == 1]
-    hooks = patch_head_hooks(random_gpt2, cache_heads(random_gpt2, clean, ["z"]), layer_1)
-    attn_out = random_gpt2.run_with_cache(clean)[1]["attn_out", 1]
-    whole = [("blocks.1.hook_attn_out", lambda out, hook: attn_out)]
-    torch.testing.assert_close(
-        random_gpt2.run_with_hooks(corrupted, fwd_hooks=hooks),
-        random_gpt2.run_with_hooks(corrupted, fwd_hooks=whole),
-        atol=1e-3,
-        rtol=1e-3,
-    )
-
-
-def test_patching_leaves_no_hook(random_gpt2):
-    tokens = repeated_tokens(random_gpt2, 1, 3)
-    patch_heads(random_gpt2, tokens, tokens, lambda x: x[:, -1, 7], "z", [(0, 0)])
-    patch_residual(random_gpt2, tokens, tokens, lambda x: x[:, -1, 7], [0], [0])
-    assert not any(point.fwd_hooks for point in random_gpt2.hook_dict.values())
+    source, plain = (record(smollm2, tokens, [site]) for tokens in (clean, corrupted))
+    joint = heads_from(smollm2, [(4, 0), (4, 2)], source, site)
+    name, dim = joint[0].name, 1 if site == "pattern" else 2
+    patched = record(smollm2, corrupted, [site], joint).activations[name]
+    for head, run in [(0, source), (1, plain), (2, source)]:
+        want = run.activations[name].select(dim, head)
+        torch.testing.assert_close(patched.select(dim, head), want)
 
 
 TOKENS = torch.ones(1, 4).long()
 
 
+def stream(model, *where):
+    return patch_stream(model, TOKENS, TOKENS, one_logit, *where)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, f: patch_heads(m, TOKENS, TOKENS[:, 1:], f), "must have one shape"),
-        (lambda m, f: patch_heads(m, TOKENS[:, :0], TOKENS, f), "clean is empty"),
-        (lambda m, f: patch_heads(m, TOKENS, TOKENS, f, "w"), "site must be one of .* got 'w'"),
-        (lambda m, f: patch_heads(m, TOKENS, TOKENS, f, "z", []), "heads is empty"),
-        (lambda m, f: patch_heads(m, TOKENS, TOKENS, f, "z", [(3, 0)]), "no head L3H0"),
-        (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [4]), "positions must be one or more"),
-        (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [0], []), "layers must be one or more"),
-        (lambda m, f: patch_residual(m, TOKENS, TOKENS, f, [0], [-1]), "layers must be"),
-        (lambda m, f: patch_sublayer(m, TOKENS, TOKENS, f, "resid"), "site must be one of"),
-        (lambda m, f: patch_head_hooks(m, {}, [(0, 0)], "z"), "cache lacks blocks.0.attn.hook_z"),
-        (lambda m, f: patch_head_hooks(m, {}, [(0, 0)], "x"), "site must be one of"),
-        (
-            lambda m, f: patch_heads(m, TOKENS, TOKENS, lambda x: x.mean(), "z", [(0, 0)]),
-            r"metric must give \[prompt\]",
-        ),
+        (lambda m: patch_heads(m, TOKENS, TOKENS[:, 1:], one_logit), "corrupted must be .* pos=4"),
+        (lambda m: patch_heads(m, TOKENS[:, :0], TOKENS[:, :0], one_logit), "is empty"),
+        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "w"), "site must be .* got 'w'"),
+        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "z", []), "heads is empty"),
+        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "z", [(3, 0)]), "no head L3H0"),
+        (lambda m: stream(m, "resid_pre", [4]), r"position must lie in 0\.\.3, got 4"),
+        (lambda m: stream(m, "resid_pre", []), "positions: give one at least"),
+        (lambda m: stream(m, "resid_pre", [0], []), "layers and positions: give one at least"),
+        (lambda m: stream(m, "resid_pre", [0], [-1]), r"layer must lie in 0\.\.2, got -1"),
+        (lambda m: stream(m, "resid_pre", [0], [0, 3]), r"layer must lie in 0\.\.2, got 3"),
+        (lambda m: stream(m, "resid"), "site must be one of"),
+        (lambda m: patch_stream(m, TOKENS, TOKENS[:, 1:], one_logit), "corrupted must be .* pos=4"),
     ],
 )
+@pytest.mark.usefixtures("no_forward")
 def test_bad_input_is_named(random_gpt2, call, message):
     with pytest.raises(ValueError, match=message):
-        call(random_gpt2, lambda logits: logits[:, -1, 0])
+        call(random_gpt2)
+
+
+def test_ids_out_of_range_are_named_in_either_prompts(random_gpt2):
+    for pair in ((TOKENS, TOKENS - 2), (TOKENS - 2, TOKENS)):
+        for patch in (patch_heads, patch_stream):
+            with pytest.raises(ValueError, match=r"must lie in 0\.\..*, got -1"):
+                patch(random_gpt2, *pair, one_logit)

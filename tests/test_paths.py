@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from utils import paths
+from utils.edits import heads_from, hooks, record, sweep
 from utils.heads import Head, all_heads, key_value_head
 from utils.patching import patch_heads
 from utils.paths import path_patch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-
-
-@pytest.fixture(params=["random_gpt2", "llama", "neox", "toy2"])
-def small(request):
-    return request.getfixturevalue(request.param)
 
 
 def prompts(model, first=4, n=2, length=9):
@@ -60,26 +55,27 @@ def recipe(model, original, new, sender, receivers=(), site=None, positions=None
     return metric(model.run_with_hooks(original, fwd_hooks=hooks))
 
 
-def test_every_head_to_the_logits(small):
-    original, new = prompts(small)
-    got = path_patch(small, original, new, metric)
-    want = [recipe(small, original, new, head) for head in all_heads(small)]
+def test_every_head_to_the_logits(small_model):
+    original, new = prompts(small_model)
+    got = path_patch(small_model, original, new, metric)
+    want = [recipe(small_model, original, new, head) for head in all_heads(small_model)]
     torch.testing.assert_close(got.flatten(1), torch.stack(want, dim=1), **CLOSE)
-    assert (got - metric(small(original))[:, None, None]).abs().amax() > 1e-3
+    assert (got - metric(small_model(original))[:, None, None]).abs().amax() > 1e-3
 
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([8, 6])])
 @pytest.mark.parametrize("site", ["q", "k", "v"])
-def test_every_head_to_receivers(small, site, positions):
-    original, new = prompts(small)
-    top = small.cfg.n_layers - 1
+def test_every_head_to_receivers(small_model, site, positions):
+    original, new = prompts(small_model)
+    top = small_model.cfg.n_layers - 1
     receivers = [Head(top - 1, 1), Head(top, 0), Head(top, 3)]
-    got = path_patch(small, original, new, metric, None, receivers, site, positions)
+    got = path_patch(small_model, original, new, metric, None, receivers, site, positions)
     want = [
-        recipe(small, original, new, head, receivers, site, positions) for head in all_heads(small)
+        recipe(small_model, original, new, head, receivers, site, positions)
+        for head in all_heads(small_model)
     ]
     torch.testing.assert_close(got.flatten(1), torch.stack(want, dim=1), **CLOSE)
-    assert (got - metric(small(original))[:, None, None]).abs().amax() > 1e-4
+    assert (got - metric(small_model(original))[:, None, None]).abs().amax() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -100,42 +96,37 @@ def test_paths_in_smollm2(smollm2, receivers, site, position):
     assert (got - words(smollm2(original))[:, None]).abs().amax() > 1e-3
 
 
-def test_small_packs_give_the_same(random_gpt2, monkeypatch):
-    """Receivers in two layers, and packs of senders that lie between them."""
-    pair = prompts(random_gpt2)
-    receivers = [(1, 1), (2, 0)]
-    whole = path_patch(random_gpt2, *pair, metric, None, receivers, "v")
-    monkeypatch.setattr(paths, "pack_size", lambda *_, **__: 3)
-    torch.testing.assert_close(path_patch(random_gpt2, *pair, metric, None, receivers, "v"), whole)
+def test_freezing_all_but_the_sender_is_path_patching(small_model):
+    """The recipe in edits: to the logits it is one sweep, to receivers one run more for each."""
+    model, (original, new) = small_model, prompts(small_model)
+    frozen = heads_from(model, all_heads(model), record(model, original, ["z"]))
+    senders, top = [(0, 1), (0, 3)], model.cfg.n_layers - 1
+    alone = [heads_from(model, [head], record(model, new, ["z"])) for head in senders]
+    got = sweep(model, original, metric, alone, base=frozen)
+    torch.testing.assert_close(got.T, path_patch(model, original, new, metric, senders), **CLOSE)
+    arrived = [record(model, original, ["q"], [*frozen, *sender]) for sender in alone]
+    put = [heads_from(model, [(top, 0), (top, 2)], run, "q") for run in arrived]
+    want = path_patch(model, original, new, metric, senders, [(top, 0), (top, 2)], "q")
+    torch.testing.assert_close(sweep(model, original, metric, put).T, want, **CLOSE)
 
 
-def test_the_last_layer_reaches_the_logits_directly_alone(small):
+def test_the_last_layer_reaches_the_logits_directly_alone(small_model):
     """No attention above it can be frozen: path patching is activation patching there."""
-    original, new = prompts(small)
-    top = [head for head in all_heads(small) if head.layer == small.cfg.n_layers - 1]
-    got = path_patch(small, original, new, metric, top)
-    torch.testing.assert_close(got, patch_heads(small, new, original, metric, "z", top), **CLOSE)
+    original, new = prompts(small_model)
+    top = [head for head in all_heads(small_model) if head.layer == small_model.cfg.n_layers - 1]
+    got = path_patch(small_model, original, new, metric, top)
+    torch.testing.assert_close(
+        got, patch_heads(small_model, new, original, metric, "z", top), **CLOSE
+    )
 
 
-def test_every_path_open_is_activation_patching(random_gpt2):
-    """Layer 1 acts on the logits directly and through layer 2: one or the other patched adds up.
-
-    With the last layer's attention output replaced by what all its inputs give, the direct path
-    is the only one left, so path patching from there equals patching the head's output.
-    """
+def test_with_the_layer_above_frozen_activation_patching_is_path_patching(random_gpt2):
     original, new = prompts(random_gpt2)
-    sender, name = Head(1, 2), "blocks.1.attn.hook_z"
-    cache = random_gpt2.run_with_cache(new)[1]
-
-    def patch(z, hook):
-        z = z.clone()
-        z[:, :, sender.head] = cache[name][:, :, sender.head]
-        return z
-
-    frozen = random_gpt2.run_with_cache(original)[1]["attn_out", 2]
-    hooks = [(name, patch), ("blocks.2.hook_attn_out", lambda out, hook: frozen)]
-    want = metric(random_gpt2.run_with_hooks(original, fwd_hooks=hooks))
-    got = path_patch(random_gpt2, original, new, metric, [sender])[:, 0]
+    sender, frozen = [(1, 2)], record(random_gpt2, original, ["attn_out"]).activations
+    patch = hooks(heads_from(random_gpt2, sender, record(random_gpt2, new, ["z"])))
+    above = [("blocks.2.hook_attn_out", lambda out, hook: frozen[hook.name])]
+    want = metric(random_gpt2.run_with_hooks(original, fwd_hooks=[*patch, *above]))
+    got = path_patch(random_gpt2, original, new, metric, sender)[:, 0]
     torch.testing.assert_close(got, want, **CLOSE)
 
 
@@ -155,41 +146,11 @@ def test_senders_without_a_path_change_nothing(random_gpt2):
     torch.testing.assert_close(got, unpatched[:, None].expand(-1, 2), **CLOSE)
 
 
-def test_the_same_prompts_change_nothing(small):
-    original = prompts(small)[0]
-    got = path_patch(small, original, original, metric)
-    want = metric(small(original))[:, None, None].expand_as(got)
+def test_the_same_prompts_change_nothing(small_model):
+    original = prompts(small_model)[0]
+    got = path_patch(small_model, original, original, metric)
+    want = metric(small_model(original))[:, None, None].expand_as(got)
     torch.testing.assert_close(got, want, **CLOSE)
-
-
-def test_attention_that_cannot_be_left_out_takes_the_plain_path(random_gpt2, monkeypatch):
-    monkeypatch.setattr(paths, "_checked", type(paths._checked)())
-    monkeypatch.setattr(paths, "_refused", type(paths._refused)())
-    pair = prompts(random_gpt2)
-    arguments = [
-        (random_gpt2, *pair, metric, [(0, 1), (1, 2)], *rest) for rest in ((), ([(2, 0)], "k"))
-    ]
-    fast = [path_patch(*call) for call in arguments]
-    broken = lambda *_: {layer: torch.zeros(1, 2, 1, 64) for layer in range(4)}  # noqa: E731
-    monkeypatch.setattr(paths, "_checked", type(paths._checked)())
-    with monkeypatch.context() as patched:
-        patched.setattr(paths, "_through_mlps", broken)
-        with pytest.warns(UserWarning, match="plain path"):
-            slow = [path_patch(*call) for call in arguments]
-    torch.testing.assert_close(slow, fast, **CLOSE)
-
-
-def test_nothing_is_left_behind(random_gpt2):
-    pair = prompts(random_gpt2)
-
-    def interrupt(logits):
-        raise KeyboardInterrupt
-
-    before = random_gpt2(pair[0])
-    with pytest.raises(KeyboardInterrupt):
-        path_patch(random_gpt2, *pair, interrupt)
-    assert not any(point.fwd_hooks for point in random_gpt2.hook_dict.values())
-    assert torch.equal(random_gpt2(pair[0]), before)
 
 
 ORIGINAL, NEW = torch.arange(10, 16)[None], torch.arange(20, 26)[None]
@@ -198,7 +159,7 @@ ORIGINAL, NEW = torch.arange(10, 16)[None], torch.arange(20, 26)[None]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"new": NEW[:, 1:]}, "must have one shape"),
+        ({"new": NEW[:, 1:]}, "new must be .* pos=6"),
         ({"senders": []}, "heads is empty"),
         ({"senders": [(3, 0)]}, "no head L3H0"),
         ({"receivers": [(2, 0)]}, "site must be one of .* got None"),
@@ -206,12 +167,21 @@ ORIGINAL, NEW = torch.arange(10, 16)[None], torch.arange(20, 26)[None]
         ({"receivers": [(2, 9)], "site": "q"}, "no head L2H9"),
         ({"site": "q"}, "needs receivers"),
         ({"positions": torch.tensor([1])}, "give receivers too"),
-        ({"receivers": [(2, 0)], "site": "q", "positions": torch.tensor([6])}, "in 0..5"),
-        ({"receivers": [(2, 0)], "site": "q", "positions": torch.tensor([1, 2])}, "one integer"),
-        ({"metric": lambda logits: logits.mean()}, r"metric must give \[prompt\]"),
+        ({"receivers": [(2, 0)], "site": "q", "positions": torch.tensor([6])}, r"in 0\.\.5"),
+        (
+            {"receivers": [(2, 0)], "site": "q", "positions": torch.tensor([1, 2])},
+            "positions must be .*prompt=1",
+        ),
     ],
 )
+@pytest.mark.usefixtures("no_forward")
 def test_bad_input_is_named(random_gpt2, arguments, message):
     given = {"original": ORIGINAL, "new": NEW, "metric": metric} | arguments
     with pytest.raises(ValueError, match=message):
         path_patch(random_gpt2, **given)
+
+
+@pytest.mark.parametrize("receivers", [{}, {"receivers": [(2, 0)], "site": "k"}])
+def test_a_metric_that_is_not_one_per_prompt_is_named(random_gpt2, receivers):
+    with pytest.raises(ValueError, match=r"metric must give \[prompt\]"):
+        path_patch(random_gpt2, ORIGINAL, NEW, lambda logits: logits.mean(), **receivers)

@@ -52,8 +52,9 @@ def pattern_preserving(
     `patterns` is `record(model, tokens, ["pattern"])` on the same prompts. They are forced in the
     ablated layers and above; below nothing changes. Raises ValueError as `heads_from`.
     """
+    heads = check_heads(model, heads)
     zero = heads_from(model, heads, 0.0)
-    lowest = min(head[0] for head in check_heads(model, heads))
+    lowest = min(head.layer for head in heads)
     above = [head for head in all_heads(model) if head.layer >= lowest]
     return [*heads_from(model, above, patterns, "pattern"), *zero]
 

@@ -27,7 +27,8 @@ from utils.heads import HEAD_SITES, check_heads, n_site_heads
 from utils.prompts import check_tokens
 from utils.typed import checked
 
-STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+# not "resid_mid": what a hook puts there reaches the MLP alone, and not the stream above it
+STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 
 class Run(NamedTuple):
@@ -66,11 +67,17 @@ class Edit(NamedTuple):
 
     def _part(self, what: str, values: Tensor, x: Tensor, rows: slice, start: int) -> Tensor:
         """What belongs to these prompts and positions; ValueError if it does not fit `x`."""
-        values = values[rows] if len(values) > 1 else values
-        if values.shape[self.position_axis] > 1:
-            values = values.movedim(self.position_axis, 0)[start:].movedim(0, self.position_axis)
-        shape = x.shape[-values.ndim :]  # copies of the prompts may stand in front
-        if any(got not in (1, want) for got, want in zip(values.shape, shape, strict=True)):
+        axis = self.position_axis
+        fits = axis < values.ndim <= x.ndim  # copies of the prompts may stand in front
+        if fits:
+            values = values[rows] if len(values) > 1 else values
+            if values.shape[axis] > 1:
+                values = values.movedim(axis, 0)[start:].movedim(0, axis)
+            fits = all(
+                got in (1, want)
+                for got, want in zip(values.shape, x.shape[-values.ndim :], strict=True)
+            )
+        if not fits:
             got = f"{what} of the edit at {self.name} is for {list(values.shape)}"
             raise ValueError(f"{got}, this run has {list(x.shape)}")
         return values.to(x.device)
@@ -156,8 +163,8 @@ def stream_from(
 ) -> list[Edit]:
     """The edit that takes a layer's residual stream, or what attention or MLP adds, from `source`.
 
-    `site`: "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out"; `at` as in
-    `heads_from`. Raises ValueError for a layer or site the model lacks, or a source without it.
+    `site`: "resid_pre", "resid_post", "attn_out" or "mlp_out"; `at` as in `heads_from`. Raises
+    ValueError for a layer or site the model lacks, or a source without it.
     """
     if site not in STREAM_SITES or hook_name(0, site) not in model.hook_dict:
         raise ValueError(f"site must be one of {STREAM_SITES} that the model has, got {site!r}")

@@ -57,18 +57,19 @@ def patch_stream(
 ) -> Float[Tensor, "prompt layer place"]:
     """The metric with one position of one layer patched at a time.
 
-    `site` is the residual stream before the layer ("resid_pre"), or what its attention
-    ("attn_out") or MLP ("mlp_out") adds to it. Default: all positions and layers. `metric` gets the
-    logits of the last position alone, [prompt 1 vocab]. Raises ValueError for prompts that differ
-    in shape, positions, layers or a site that the model lacks, and a metric that is not one per
-    prompt.
+    `site` is the residual stream before the layer ("resid_pre") or after it ("resid_post"), or
+    what its attention ("attn_out") or MLP ("mlp_out") adds to it. Default: all positions and
+    layers. `metric` gets the logits of the last position alone, [prompt 1 vocab]. Raises ValueError
+    for prompts that differ in shape, positions, layers or a site that the model lacks, and a metric
+    that is not one per prompt.
     """
     layers = list(range(model.cfg.n_layers) if layers is None else layers)
     positions = list(range(clean.shape[1]) if positions is None else positions)
     if not layers or not positions:
         raise ValueError(f"layers and positions: give one at least, got {layers} and {positions}")
     places = [only_at(clean, position) for position in positions]
-    stream_from(model, layers[0], 0.0, site)  # raises before anything runs
+    for layer in layers:
+        stream_from(model, layer, 0.0, site)  # raises before anything runs
     from_clean = record(model, clean, [site])
     patches = [stream_from(model, la, from_clean, site, at) for la in layers for at in places]
     values = sweep(model, corrupted, metric, patches, desc="patching")

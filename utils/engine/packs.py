@@ -43,9 +43,12 @@ def sweep_in_packs(
     """`utils.edits.sweep`, in packs of interventions that begin at the same position.
 
     In a pack those of lower blocks come first. Prompts run in parts where a copy of all of them
-    does not fit. Raises ValueError for an edit that does not fit the prompts.
+    does not fit. Raises ValueError for an edit at no block or that does not fit the prompts.
     """
     for edit in {id(edit): edit for edits in (base, *interventions) for edit in edits}.values():
+        layer_of(edit.name)
+        if edit.name not in model.hook_dict:
+            raise ValueError(f"edits: this model has no {edit.name}")
         edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
     n_prompts, n_positions = tokens.shape
     last_alone, read = read is None, list(read or [n_positions - 1])
@@ -122,9 +125,10 @@ def copy_hooks(
     base: Sequence[Edit], copies: Sequence[Sequence[Edit]], rows: slice, start: int = 0
 ) -> Hooks:
     """Hooks on copies of some prompts: `base` on each of them, `copies[i]` on copy i alone."""
+    every = slice(None)
     by_name: dict[str, list[tuple[int | slice, Edit]]] = defaultdict(list)
     for edit in base:
-        by_name[edit.name].append((slice(None), edit))
+        by_name[edit.name].append((every, edit))
     for copy, edits in enumerate(copies):
         for edit in edits:
             by_name[edit.name].append((copy, edit))
@@ -134,7 +138,8 @@ def copy_hooks(
             n_prompts = rows.stop - rows.start
             x = rearrange(x, "(copy prompt) ... -> copy prompt ...", prompt=n_prompts).clone()
             for copy, edit in by_name[name]:
-                if copy == slice(None) or copy < len(x):  # else it joins later: no change here
+                # a copy that only joins at a block above is as recorded here, edits and all
+                if copy is every or copy < len(x):
                     x[copy] = edit(x[copy], rows, start)
             return x.flatten(0, 1)
 

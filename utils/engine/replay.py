@@ -189,7 +189,7 @@ def layer_of(hook_name: str) -> int:
     """The block that a hook point lies in; ValueError if it lies in none."""
     match = re.match(r"blocks\.(\d+)\.", hook_name)
     if match is None:
-        raise ValueError(f"hooks: want names like 'blocks.3.attn.hook_z', got {hook_name!r}")
+        raise ValueError(f"edits: want names like 'blocks.3.attn.hook_z', got {hook_name!r}")
     return int(match.group(1))
 
 
