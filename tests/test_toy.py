@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from utils import toy
+from utils.ablation import mean_run
+from utils.edits import heads_from, hooks, record
 from utils.heads import Head
 
 
@@ -220,8 +222,9 @@ def test_cut_path_equals_plain_pytorch(site, batch):
     model.enable_compatibility_mode()
     seen = {}
     keep = ("blocks.1.attn.hook_pattern", lambda p, hook: seen.update(pattern=p.clone()))
-    hooks = toy.cut_path_hooks(model, writers, reader, site)
-    logits = model.run_with_hooks(batch, fwd_hooks=[*hooks, keep])
+    without = record(model, batch, [site], heads_from(model, writers, mean_run(model, batch)))
+    edits = heads_from(model, [reader], without, site)
+    logits = model.run_with_hooks(batch, fwd_hooks=[*hooks(edits), keep])
     got, wanted, clean = (x.log_softmax(-1) for x in (logits, wanted, clean))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen["pattern"], patterns[1], rtol=1e-4, atol=1e-5)
@@ -244,30 +247,21 @@ def test_previous_token_match_equals_loops():
 STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
 
 
-def cut(writers, reader, site):
-    return lambda m: toy.cut_path_hooks(m, writers, reader, site)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: toy.build_toy(0), "n_layers must be at least 1"),
-        (lambda m: toy.toy_batch(torch.Generator(), 0), "n_sequences must be at least 1"),
-        (lambda m: toy.train_toy(1, n_steps=0), "n_steps must be at least 1"),
-        (lambda m: toy.sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
-        (lambda m: toy.sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
-        (lambda m: toy.sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),
-        (lambda m: toy.sharpest_drop(STEPS.flip(0), LOSS, 1), "steps must rise"),
-        (lambda m: toy.share_formed(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
-        (lambda m: toy.share_formed(STEPS, LOSS, 10, 0), "width must be positive"),
-        (lambda m: toy.share_formed(STEPS, torch.ones(3), 10, 5), "end where they began"),
-        (cut([(0, 0)], (1, 0), "z"), "site must be .* got 'z'"),
-        (cut([(0, 4)], (1, 0), "k"), "no head L0H4"),
-        (cut([(0, 0)], (2, 0), "k"), "no head L2H0"),
-        (cut([], (1, 0), "k"), "heads is empty"),
-        (cut([(1, 1)], (1, 0), "k"), "in an earlier layer"),
+        (lambda: toy.build_toy(0), "n_layers must be at least 1"),
+        (lambda: toy.toy_batch(torch.Generator(), 0), "n_sequences must be at least 1"),
+        (lambda: toy.train_toy(1, n_steps=0), "n_steps must be at least 1"),
+        (lambda: toy.sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
+        (lambda: toy.sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
+        (lambda: toy.sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),
+        (lambda: toy.sharpest_drop(STEPS.flip(0), LOSS, 1), "steps must rise"),
+        (lambda: toy.share_formed(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
+        (lambda: toy.share_formed(STEPS, LOSS, 10, 0), "width must be positive"),
+        (lambda: toy.share_formed(STEPS, torch.ones(3), 10, 5), "end where they began"),
     ],
 )
-def test_bad_input_is_named(toy2, call, message):
+def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        call(toy2)
+        call()

@@ -113,3 +113,16 @@ def random_control(
         return [others[layer][i] for i in order[: wanted[layer]].tolist()]
 
     return [[head for layer in wanted for head in draw(layer)] for _ in range(n_draws)]
+
+
+@checked
+def control_sizes(
+    model: TransformerBridge, ranked: Sequence[tuple[int, int]], sizes: Iterable[int]
+) -> list[int]:
+    """The sizes k for which `random_control` finds a control of ranked[:k] outside all of `ranked`.
+
+    Raises ValueError as `check_heads`.
+    """
+    ranked = check_heads(model, ranked)
+    room = Counter(head.layer for head in all_heads(model) if head not in ranked)
+    return [k for k in sizes if Counter(head.layer for head in ranked[:k]) <= room]

@@ -5,8 +5,8 @@ run.steps, run.second_loss, run.prefix_matching      # one entry per snapshot
 sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss falls fastest
 """
 
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.heads import check_heads, prefix_matching_score, previous_token_score, score_heads
+from utils.heads import prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import check_count, repeated_tokens
 from utils.typed import checked
@@ -162,50 +162,6 @@ def share_formed(
     edges = [centre - width / 2, centre + width / 2]
     before, after = np.interp(edges, steps.numpy(), values.numpy())
     return float(after - before) / (values[-1] - values[0]).item()
-
-
-@checked
-def cut_path_hooks(
-    model: TransformerBridge,
-    writers: Iterable[tuple[int, int]],
-    reader: tuple[int, int],
-    site: Literal["q", "k", "v"],
-) -> list[tuple[str, Callable]]:
-    """Hooks that take what `writers` say about the tokens out of one input of `reader` alone.
-
-    That input is computed anew from a residual stream in which each writer's output is replaced by
-    its mean over the prompts at that position. All else, the reader's other two inputs included,
-    stays as it is: this is path patching (mean ablation) of the direct path writer -> reader. For
-    models in compatibility mode without rotary positions or grouped keys. Raises ValueError for an
-    unknown site or head, or a writer that is not below.
-    """
-    writers, (reader,) = check_heads(model, writers), check_heads(model, [reader])
-    if max(w.layer for w in writers) >= reader.layer:
-        raise ValueError("every writer must be in an earlier layer than the reader")
-    attn = model.blocks[reader.layer].attn
-    weight = getattr(attn, f"W_{site.upper()}")[reader.head]
-    bias = getattr(attn, f"b_{site.upper()}")[reader.head]
-    z: dict[int, Tensor] = {}  # by layer
-    stream: dict[str, Tensor] = {}
-
-    def replace(value: Float[Tensor, "prompt pos head d_head"], hook) -> Tensor:
-        written = sum(
-            z[layer][:, :, head] @ model.blocks[layer].attn.W_O[head] for layer, head in writers
-        )
-        cut = stream["resid"] - written + written.mean(0)
-        # the norm's gain and bias are in the weight and bias already
-        normalised = torch.nn.functional.layer_norm(cut, cut.shape[-1:], eps=model.cfg.eps)
-        value = value.clone()
-        value[:, :, reader.head] = normalised @ weight + bias
-        return value
-
-    before = f"blocks.{reader.layer}"
-    hooks = [
-        (f"blocks.{layer}.attn.hook_z", lambda value, hook: z.update({hook.layer(): value}))
-        for layer in {writer.layer for writer in writers}
-    ]
-    hooks.append((f"{before}.hook_resid_pre", lambda value, hook: stream.update(resid=value)))
-    return [*hooks, (f"{before}.attn.hook_{site}", replace)]
 
 
 @torch.no_grad()
