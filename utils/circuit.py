@@ -8,7 +8,7 @@ nodes K.
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -229,6 +229,18 @@ def completeness(
     in_circuit = logit_diffs(model, prompts, without, base=kept)
     in_model = logit_diffs(model, prompts, without)
     return dict(zip(["none", *circuit], zip(in_circuit, in_model, strict=True), strict=True))
+
+
+def mean_gap(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Mean |F(C - G) - F(M - G)| over the roles G of `completeness`, as a share of |F(M)|.
+
+    Raises ValueError when nothing is knocked out.
+    """
+    whole = pairs["none"][1].mean().abs()
+    gaps = [(c.mean() - m.mean()).abs() / whole for role, (c, m) in pairs.items() if role != "none"]
+    if not gaps:
+        raise ValueError(f"pairs has no role, got {list(pairs)}")
+    return torch.stack(gaps).mean().item()
 
 
 def minimality(
