@@ -17,12 +17,13 @@ from tools.benchmark_references import (
     two_pass_recipe,
 )
 from tools.benchmark_timing import Patch, Sweep
-from utils.ablation import head_means, losses, mean_ablation_hooks
-from utils.heads import Head
+from utils.ablation import losses, mean_run
+from utils.edits import heads_from, hooks
+from utils.heads import Head, n_site_heads
 from utils.ioi import ioi_prompts
-from utils.metrics import half_losses, per_token_loss
+from utils.metrics import LogitDiff, half_losses, per_token_loss
 from utils.models import load_hf, load_model
-from utils.patching import LogitDiff, patch_heads, patch_residual
+from utils.patching import patch_heads, patch_stream
 from utils.paths import path_patch
 from utils.prompts import repeated_tokens
 
@@ -90,7 +91,8 @@ def our_sweep(
         if site != "resid_pre":
             return patch_heads(model, clean, corrupted, metric, site, patches).mean(0)
         layers, at = (sorted(set(part)) for part in zip(*patches, strict=True))
-        return patch_residual(model, clean, corrupted, metric, at, layers).mean(0).flatten()
+        values = patch_stream(model, clean, corrupted, metric, site, at, layers)
+        return values.mean(0).flatten()
 
     return run
 
@@ -116,8 +118,7 @@ def patching_work(
     case = (clean, corrupted, LogitDiff(prompts.answers), site)
     n_layers, n_positions = model.cfg.n_layers, clean.shape[1]
     first = int((clean != corrupted).any(0).nonzero()[0])  # position that differs
-    widths = {"resid_pre": n_positions, "z": model.cfg.n_heads, "q": model.cfg.n_heads}
-    width = widths.get(site, _n_key_value_heads(model))
+    width = n_positions if site == "resid_pre" else n_site_heads(model, site)
     patches = [(layer, index) for layer in range(n_layers) for index in range(width)]
 
     def macs(patch: Patch) -> float:
@@ -166,18 +167,19 @@ def paths_work(model: TransformerBridge, name: str, to: Sequence[Head], quick: b
 def ablation_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) -> Work:
     """Every head's output replaced by its mean; the loss on the second copy of repeated tokens."""
     tokens = repeated_tokens(model, N_REPEATS, SEQ_LEN)
-    means = head_means(model, tokens, per_position=False)
+    means = mean_run(model, tokens, per_position=False)
     columns = range(SEQ_LEN + 1, 2 * SEQ_LEN)
     cfg = model.cfg
     patches = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
 
     def ours(chosen: Sequence[Patch]) -> Tensor:
-        hooks = {patch: mean_ablation_hooks([patch], means) for patch in chosen}
-        found = losses(model, tokens, hooks, columns)
+        edits = {patch: heads_from(model, [patch], means) for patch in chosen}
+        found = losses(model, tokens, edits, columns)
         return torch.stack([half_losses(loss, SEQ_LEN).second.mean() for loss in found.values()])
 
     def transformer_lens(chosen: Sequence[Patch]) -> Tensor:
-        found = [per_token_loss(model, tokens, mean_ablation_hooks([p], means)) for p in chosen]
+        edits = [heads_from(model, [patch], means) for patch in chosen]
+        found = [per_token_loss(model, tokens, hooks(edit)) for edit in edits]
         return torch.stack([half_losses(loss, SEQ_LEN).second.mean() for loss in found])
 
     def second_half(logits: Tensor) -> Tensor:
@@ -218,9 +220,5 @@ def block_macs(model: TransformerBridge) -> tuple[int, int]:
     """Multiply-adds of one position in a block's MLP and in its attention's projections."""
     cfg = model.cfg
     matrices = 3 if cfg.gated_mlp else 2
-    projections = 2 * cfg.n_heads + 2 * _n_key_value_heads(model)
+    projections = 2 * cfg.n_heads + 2 * n_site_heads(model, "k")
     return matrices * cfg.d_model * cfg.d_mlp, projections * cfg.d_model * cfg.d_head
-
-
-def _n_key_value_heads(model: TransformerBridge) -> int:
-    return getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads

@@ -31,9 +31,10 @@ STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 class Run(NamedTuple):
-    """Activations by hook name: of one run (with its tokens and the edits it ran under), or means.
+    """Activations by hook name: of one run (with its tokens and the edits it ran under), or others.
 
-    An axis of length one, as in a mean over prompts or positions, stands for all of them.
+    Means or mixtures of runs have no tokens. An axis of length one, as in a mean over prompts or
+    positions, stands for all of them.
     """
 
     activations: Mapping[str, Tensor]
@@ -87,18 +88,21 @@ def record(
     tokens: Int[Tensor, "prompt pos"],
     sites: Iterable[str],
     edits: Sequence[Edit] = (),
+    n_layers: int | None = None,
 ) -> Run:
     """Run once, under `edits`, and keep these sites of every layer: "z", "q", "k", "v", "pattern",
     "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
 
-    Raises ValueError for a site that the model lacks, and as `check_tokens`.
+    With `n_layers` only the lowest layers are run. Raises ValueError for a site that the model
+    lacks, and as `check_tokens`.
     """
     check_tokens(model, tokens)
-    names = [hook_name(layer, site) for site in sites for layer in range(model.cfg.n_layers)]
+    layers = range(model.cfg.n_layers if n_layers is None else n_layers)
+    names = [hook_name(layer, site) for site in sites for layer in layers]
     if lacking := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"sites: this model has no {lacking[0]}")
     with model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
-        cache = model.run_with_cache(tokens, names_filter=names)[1]
+        cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=n_layers)[1]
     return Run({name: cache[name] for name in names}, tokens, edits)
 
 

@@ -55,11 +55,12 @@ def path_patch(
     if positions is not None and not targets:
         raise ValueError("positions are those of the receivers: give receivers too")
     at = None if positions is None else only_at(original, positions)
-    from_original = record(model, original, ["z", "resid_pre", "out"])
-    from_new = record(model, new, ["z"])
+    top = max(targets).layer if targets else None  # what lies above needs no recording
+    from_original = record(model, original, ["z", "resid_pre", "out"], n_layers=top)
+    from_new = record(model, new, ["z"], n_layers=top)
     if targets:
         # a sender that is not below a receiver changes nothing
-        below = [head for head in dict.fromkeys(senders) if head.layer < max(targets).layer]
+        below = [head for head in dict.fromkeys(senders) if head.layer < top]
         runs = _arriving(model, below, targets, site, positions, from_original, from_new)
         put = {
             s: heads_from(model, targets, run, site, at) for s, run in zip(below, runs, strict=True)
@@ -103,7 +104,8 @@ def _arriving(
     """The receivers' q, k or v when one sender's z is the new run's and all others are frozen."""
     original, layers = from_original.tokens, sorted({head.layer for head in targets})
     if not can_replay(model, original):
-        frozen = heads_from(model, all_heads(model), from_original)
+        frozen = [head for head in all_heads(model) if head.layer < layers[-1]]
+        frozen = heads_from(model, frozen, from_original)
         edits = [[*frozen, *heads_from(model, [sender], from_new)] for sender in senders]
         return [record(model, original, [site], each) for each in edits]
 

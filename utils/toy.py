@@ -147,8 +147,8 @@ def sharpest_drop(
 def share_formed(
     steps: Int[Tensor, "snapshot"],
     values: Float[Tensor, "snapshot"],
-    centre: float | int,
-    width: float | int,
+    centre: float,
+    width: float,
 ) -> float:
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from jaxtyping import TypeCheckError, jaxtyped
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
+checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float
 
 
 class BadArgument(TypeError, ValueError):
@@ -23,7 +24,7 @@ def checked(function: Function) -> Function:
     Raises BadArgument, which says which argument, what came, what is wanted, and how long the named
     axes are that it has to agree with. (jaxtyping's own message prints every argument in full.)
     """
-    verified = jaxtyped(function, typechecker=beartype)
+    verified = jaxtyped(function, typechecker=checker)
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -134,7 +134,8 @@ def copy_hooks(
             n_prompts = rows.stop - rows.start
             x = rearrange(x, "(copy prompt) ... -> copy prompt ...", prompt=n_prompts).clone()
             for copy, edit in by_name[name]:
-                x[copy] = edit(x[copy], rows, start)
+                if copy == slice(None) or copy < len(x):  # else it joins later: no change here
+                    x[copy] = edit(x[copy], rows, start)
             return x.flatten(0, 1)
 
         return hook_fn
