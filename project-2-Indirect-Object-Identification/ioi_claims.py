@@ -5,6 +5,7 @@ comparison only. Lists of heads may be empty.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 from utils.heads import Head
 from utils.ledger import Claim
@@ -13,6 +14,7 @@ WANG = "Wang et al. 2022"
 GPT2 = "gpt2-small"
 TASK = ("ioi.logit_diff",)  # the model does the task
 PATH = ("ioi.s_inhibition_queries",)  # and the path into the name movers was found
+gpt2_claim = partial(Claim, published_model=GPT2)  # its published figure is of this model
 
 # The 26 heads of GPT-2 small, by role: Wang et al. 2022, figure 2.
 PUBLISHED_CIRCUIT = {
@@ -38,69 +40,62 @@ def precision_recall(found: Iterable[tuple[int, int]]) -> tuple[float, float]:
 
 
 CLAIMS: dict[str, Claim] = {
-    "ioi.logit_diff": Claim(
+    "ioi.logit_diff": gpt2_claim(
         "The model gives the indirect object a higher logit than the subject",
         f"{WANG}, section 2",
         published=3.56,
-        published_model=GPT2,
         rule="Measured: mean logit difference. Holds when it is above 1 and above zero by more "
         "than three standard errors.",
         holds=lambda clean: clean.mean > 1 and clean.mean > 3 * clean.stderr,
     ),
-    "ioi.accuracy": Claim(
+    "ioi.accuracy": gpt2_claim(
         "It does so in nearly every prompt",
         f"{WANG}, section 2",
         published=0.993,
-        published_model=GPT2,
         rule="Measured: share of prompts in which the indirect object has the higher logit. Holds "
         "when it is 0.9 or more.",
         holds=lambda accuracy: accuracy.mean >= 0.9,
     ),
-    "ioi.probability": Claim(
+    "ioi.probability": gpt2_claim(
         "The indirect object is a likely next token",
         f"{WANG}, section 2",
         published=0.49,
-        published_model=GPT2,
         rule="Measured: mean probability of the indirect object. Holds when it is above 0.1.",
         holds=lambda probability: probability.mean > 0.1,
     ),
-    "ioi.eight_prompts": Claim(
+    "ioi.eight_prompts": gpt2_claim(
         "The same on the eight prompts of the TransformerLens demos",
         "TransformerLens, Exploratory Analysis Demo",
         published=3.552,
-        published_model=GPT2,
         rule="Measured: mean logit difference, with the start token. Holds when it is above 1 and "
         "above zero by more than three standard errors.",
         holds=lambda eight: eight.mean > 1 and eight.mean > 3 * eight.stderr,
         needs=TASK,
     ),
-    "ioi.dla_concentrated": Claim(
+    "ioi.dla_concentrated": gpt2_claim(
         "A few heads write most of the answer directly, and a few write against it",
         f"{WANG}, section 3.1",
         published="3 heads for, 2 against",
-        published_model=GPT2,
         rule="Measured: of all that heads write for the answer, the share of the five largest. "
         "Holds when it is above half and some head writes against the answer by more than the "
         "threshold.",
         holds=lambda share, opponents: share > 0.5 and bool(opponents),
         needs=TASK,
     ),
-    "ioi.attention_projection": Claim(
+    "ioi.attention_projection": gpt2_claim(
         "The more a name mover attends to a name, the more it writes that name",
         f"{WANG}, figure 3c",
         published="correlation above 0.81",
-        published_model=GPT2,
         rule="Measured: mean over the name movers of the correlation, over prompts and names, "
         "between attention and projection. Holds when it is above 0.5 and some head writes for "
         "the answer by more than the threshold.",
         holds=lambda correlation, writers: correlation.mean > 0.5 and bool(writers),
         needs=TASK,
     ),
-    "ioi.name_mover_attention": Claim(
+    "ioi.name_mover_attention": gpt2_claim(
         "Name movers attend from the end to the indirect object",
         f"{WANG}, section 3.1",
         published=0.59,
-        published_model=GPT2,
         rule="Measured: mean attention of the name movers from END to IO. Holds when it is above "
         "0.3 and above that to S1 and S2 together by more than two standard errors, and some head "
         "writes for the answer by more than the threshold.",
@@ -109,11 +104,10 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.copy_score": Claim(
+    "ioi.copy_score": gpt2_claim(
         "Name movers copy names: what they read at a name raises that name",
         f"{WANG}, section 3.1",
         published="above 0.95; average head below 0.2",
-        published_model=GPT2,
         rule="Measured: mean copy score (top 5) of the name movers, on what they read in the "
         "prompt. Holds when there are name movers and it is above 0.8 and twice the mean of all "
         "heads.",
@@ -122,11 +116,10 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.negative_copy_score": Claim(
+    "ioi.negative_copy_score": gpt2_claim(
         "Negative name movers do the reverse: what they read at a name lowers that name",
         f"{WANG}, section 3.1",
         published="0.98; average head 0.12",
-        published_model=GPT2,
         rule="Measured: mean copy score of the negative name movers with their output turned "
         "round. Holds when there are such heads and it is above 0.8 and twice the mean of all "
         "heads.",
@@ -135,11 +128,10 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.s_inhibition_queries": Claim(
+    "ioi.s_inhibition_queries": gpt2_claim(
         "Some heads act through the name movers' queries, and attend from the end to S2",
         f"{WANG}, section 3.2",
         published="4 heads; attention to S2 0.51",
-        published_model=GPT2,
         rule="Measured: share of the logit difference lost along the path from the strongest head "
         "to the name movers' queries. Holds when it passes the threshold, there are name movers, "
         "and the head attends to S2 more than to IO.",
@@ -148,43 +140,39 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.s_inhibition_signal": Claim(
+    "ioi.s_inhibition_signal": gpt2_claim(
         "What S-inhibition heads carry is more the position of the subject than its name",
         f"{WANG}, appendix A",
         published="2.31 position, 0.99 token",
-        published_model=GPT2,
         rule="Measured: coefficient of position minus coefficient of token in the fit. Holds when "
         "it is above zero by more than two standard errors.",
         holds=lambda advantage: advantage.mean > 2 * advantage.stderr,
         needs=PATH,
     ),
-    "ioi.early_heads": Claim(
+    "ioi.early_heads": gpt2_claim(
         "Duplicate-token and induction heads feed the S-inhibition heads' values at S2, and "
         "previous-token heads the induction heads' keys at S1+1",
         f"{WANG}, section 3.3",
         published="2 of each; 2 previous-token heads",
-        published_model=GPT2,
         rule="Measured: share of the logit difference lost through the S-inhibition heads' values, "
         "summed over the heads beyond the threshold. Holds when an induction or duplicate-token "
         "head is among them, and a previous-token head passes for the induction heads' keys.",
         holds=lambda lost, at_s2, previous: bool(at_s2) and bool(previous),
         needs=PATH,
     ),
-    "ioi.random_token_roles": Claim(
+    "ioi.random_token_roles": gpt2_claim(
         "The early heads play the same roles on repeated random tokens",
         f"{WANG}, appendices H and I",
         published="among the top 1 to 5 heads",
-        published_model=GPT2,
         rule="Measured: share of the early heads that are in the top tenth of all heads by the "
         "score of their role. Holds when it is above half.",
         holds=lambda in_top: in_top.mean > 0.5,
         needs=TASK,
     ),
-    "ioi.backup": Claim(
+    "ioi.backup": gpt2_claim(
         "Knock out the name movers, and other heads take over part of their work",
         f"{WANG}, section 3.4",
         published="only 5 % is lost",
-        published_model=GPT2,
         rule="Measured: share of the logit difference lost. Holds when there are name movers, it "
         "is below the share that they write directly by more than two standard errors, and some "
         "other head writes more for the answer than before by more than the threshold.",
@@ -193,21 +181,19 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.faithfulness": Claim(
+    "ioi.faithfulness": gpt2_claim(
         "The circuit alone does the task about as well as the model",
         f"{WANG}, section 4",
         published=0.87,
-        published_model=GPT2,
         rule="Measured: mean logit difference of the circuit over that of the model. Holds when it "
         "is between 0.8 and 1.2.",
         holds=lambda ratio: 0.8 <= ratio.mean <= 1.2,
         needs=PATH,
     ),
-    "ioi.naive": Claim(
+    "ioi.naive": gpt2_claim(
         "A naive circuit, a few heads of the main roles, is about as faithful",
         f"{WANG}, section 4.3",
         published="distance 0.1 (text) or 0.44 (stored data) of 3.56",
-        published_model=GPT2,
         rule="Measured: mean logit difference of the naive circuit over that of the model. Holds "
         "when its distance from the model is below a quarter of the model's.",
         holds=lambda ratio, distance, model: distance.mean < 0.25 * model.mean,
@@ -221,32 +207,29 @@ CLAIMS: dict[str, Claim] = {
         holds=lambda ratio: ratio.mean < 0.3,
         needs=PATH,
     ),
-    "ioi.completeness": Claim(
+    "ioi.completeness": gpt2_claim(
         "Knocked out role by role, circuit and model move alike",
         f"{WANG}, section 4.1",
         published="mean distance about 0.24 of the model's; naive 0.59 (stored data)",
-        published_model=GPT2,
         rule="Measured: mean distance of circuit and model over the roles, as a share of the "
         "model's logit difference. Holds when it is below 0.3 and below that of the naive circuit.",
         holds=lambda distance, naive: distance < 0.3 and distance < naive,
         needs=PATH,
     ),
-    "ioi.minimality": Claim(
+    "ioi.minimality": gpt2_claim(
         "Every head of the circuit matters",
         f"{WANG}, section 4.2",
         published="at least 0.01",
-        published_model=GPT2,
         rule="Measured: the smallest change that a head makes, as a share of the model's logit "
         "difference. Holds when every head changes it by 0.01 or more.",
         holds=lambda smallest: smallest >= 0.01,
         needs=PATH,
     ),
-    "ioi.adversarial": Claim(
+    "ioi.adversarial": gpt2_claim(
         "One more mention of the indirect object breaks the behaviour, one more of the subject "
         "does not",
         f"{WANG}, section 4.4",
         published="1.23 against 3.64",
-        published_model=GPT2,
         rule="Measured: mean logit difference with an extra sentence about the indirect object. "
         "Holds when it is below that without a sentence, and below that with one about the "
         "subject, by more than two standard errors each.",
@@ -255,11 +238,10 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
-    "ioi.published_heads": Claim(
+    "ioi.published_heads": gpt2_claim(
         "The heads found are those of the published circuit",
         f"{WANG}, figure 2",
         published="26 heads",
-        published_model=GPT2,
         rule="Measured: share of the published heads that are found. Holds when it is above half, "
         "and more than half of the heads found are published. For GPT-2 small only.",
         holds=lambda recall, precision: recall > 0.5 and precision > 0.5,

@@ -29,7 +29,6 @@ FEW_NAMES = ["Mary", "John", "Tom", "Anna", "Paul", "Kate"]
 # Who is named first, second and third, in ABBA and in BABA; A is the indirect object.
 ORDERS = {
     "s2_io": ("ABA", "BAA"),
-    "s2_third": ("ABC", "BAC"),
     "swapped": ("BAB", "ABB"),
     "exchanged": ("BAA", "ABA"),
     "renamed": ("DEE", "EDE"),
@@ -126,17 +125,15 @@ def test_corruptions_move_and_replace_only_names(model):
     assert set(prompts.corrupted) == set(ORDERS)
     clean = read(model, prompts.tokens)
     abc = read(model, prompts.corrupted["abc"])
-    third = read(model, prompts.corrupted["s2_third"])
     names = []
     for i, w in enumerate(clean):
         in_order = (w["first"], w["second"]) if prompts.is_abba[i] else (w["second"], w["first"])
         new = (abc[i]["first"], abc[i]["second"])
         d, e = new if prompts.is_abba[i] else new[::-1]
         a, b = in_order
-        names.append({"A": a, "B": b, "C": third[i]["third"], "D": d, "E": e})
+        names.append({"A": a, "B": b, "D": d, "E": e})
         names[i]["F"] = abc[i]["third"]
         assert len({names[i][letter] for letter in "ABDEF"}) == 5
-        assert names[i]["C"] not in (a, b)
     for key, orders in ORDERS.items():
         for i, w in enumerate(read(model, prompts.corrupted[key])):
             letters = orders[0] if prompts.is_abba[i] else orders[1]
@@ -159,13 +156,6 @@ def test_orders_and_frames_are_balanced(smollm2):
     pairs = zip(prompts.template.tolist(), prompts.is_abba.tolist(), strict=True)
     assert Counter(pairs) == {(f, o): 2 for f in range(n_frames) for o in (True, False)}
     assert abs(ioi_prompts(smollm2, 7).is_abba.float().sum().item() - 3.5) == 0.5
-    abba, baba = (ioi_prompts(smollm2, n_frames, order=order) for order in ("ABBA", "BABA"))
-    assert abba.is_abba.all() and not baba.is_abba.any()
-    assert abba.template.tolist() == baba.template.tolist() == list(range(n_frames))
-    # one is the other with the first two names exchanged
-    assert torch.equal(abba.corrupted["swapped"], baba.tokens)
-    assert torch.equal(baba.corrupted["swapped"], abba.tokens)
-    assert torch.equal(abba.answers, baba.answers)
 
 
 def test_a_seed_gives_the_same_data_everywhere(smollm2):
@@ -295,8 +285,6 @@ def test_the_signal_is_a_least_squares_fit():
 
 
 def test_bad_input_is_named(few_names, smollm2, toy2, monkeypatch):
-    with pytest.raises(ValueError, match="order must be one of both, ABBA, BABA, got 'abba'"):
-        ioi_prompts(few_names, 4, order="abba")
     for make in (ioi_prompts, adversarial_prompts):
         with pytest.raises(ValueError, match="n_prompts must be at least 1, got 0"):
             make(few_names, 0)

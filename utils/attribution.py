@@ -1,8 +1,9 @@
 """Attribution: which component writes the answer (exact), and which one matters (by gradient)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, Int
@@ -11,7 +12,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import direct_logit_attribution as by_component
 
-from utils.heads import cache_heads, check_heads
+from utils.edits import hook_name, record
+from utils.heads import check_heads
 from utils.metrics import last_position_hooks, token_batches
 from utils.prompts import check_range, check_tokens
 from utils.typed import checked
@@ -103,6 +105,17 @@ def head_projections(
 
 
 @checked
+def of_heads(
+    values: Float[Tensor, "prompt layer head"], heads: Iterable[tuple[int, int]]
+) -> Float[Tensor, "prompt n_heads"]:
+    """The values of some heads, in their order. ValueError for none, or heads without a value."""
+    layer, head = torch.tensor([*heads]).reshape(-1, 2).T
+    check_range("heads' layers", layer, values.shape[1])
+    check_range("heads", head, values.shape[2])
+    return values[:, layer, head]
+
+
+@checked
 def attention_at(
     patterns: Float[Tensor, "prompt layer head dest src"],
     heads: Iterable[tuple[int, int]],
@@ -114,14 +127,34 @@ def attention_at(
     `patterns` are those of `heads.attention_patterns`, `dest` and `source` one position a prompt.
     Raises ValueError for no heads, and for heads or positions that are not in the patterns.
     """
-    layer, head = torch.tensor([*heads]).reshape(-1, 2).T
-    _, n_layers, n_heads, n_dest, n_source = patterns.shape
-    check_range("heads' layers", layer, n_layers)
-    check_range("heads", head, n_heads)
-    check_range("dest", dest, n_dest)
-    check_range("source", source, n_source)
+    check_range("dest", dest, patterns.shape[3])
+    check_range("source", source, patterns.shape[4])
     between = patterns[torch.arange(len(patterns)), :, :, dest, source]  # [prompt layer head]
-    return between[:, layer, head]
+    return of_heads(between, heads)
+
+
+@checked
+def attention_table(
+    patterns: Float[Tensor, "prompt layer head dest src"],
+    positions: Mapping[str, Int[Tensor, "prompt"]],
+    heads: Sequence[tuple[int, int]],
+    dest: str,
+    sources: Sequence[str],
+    least: float = 0.0,
+) -> pd.DataFrame:
+    """Mean attention of some heads (rows) from one named place of the prompts to others (columns).
+
+    The last column, `looks_at`, is the place that a head attends to most, or "-" where that is less
+    than `least`. Raises ValueError as `attention_at`, and for a place that has no position.
+    """
+    if lacking := {dest, *sources} - set(positions):
+        raise ValueError(f"positions: no {sorted(lacking)[0]!r} among {list(positions)}")
+    to = {s: attention_at(patterns, heads, positions[dest], positions[s]) for s in sources}
+    mean = {place: attention.mean(0).tolist() for place, attention in to.items()}
+    table = pd.DataFrame(mean, index=[str(head) for head in heads])
+    most = table.idxmax(axis=1)
+    table = table.round(3)
+    return table.assign(looks_at=most.where(table.max(axis=1) >= least, "-"))
 
 
 @checked
@@ -142,14 +175,14 @@ def attribution_patching(
     check_tokens(model, clean, "clean")
     check_tokens(model, corrupted, "corrupted")
     with torch.no_grad():
-        wanted = cache_heads(model, clean, ["z"]).stack_activation("z")
+        wanted = torch.stack(list(record(model, clean, ["z"]).activations.values()))
     found: list[Float[Tensor, "prompt pos head d_head"]] = []
 
     def keep(z: Tensor, hook) -> Tensor:
         found.append(z)
         return z
 
-    hooks = [(f"blocks.{layer}.attn.hook_z", keep) for layer in range(model.cfg.n_layers)]
+    hooks = [(hook_name(layer, "z"), keep) for layer in range(model.cfg.n_layers)]
     # a gradient for the embedding, so that all that follows has one, frozen weights or not
     hooks += [("hook_embed", lambda embedding, hook: embedding.requires_grad_())]
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks + last_position_hooks()):

@@ -8,7 +8,7 @@ nodes K.
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -27,19 +27,10 @@ Node = tuple[Head, str]
 
 # Where each role does its work: Wang et al. 2022, figure 2. The last four are not the paper's:
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
-ROLE_POSITIONS = {
-    "previous_token": "S1+1",
-    "duplicate_token": "S2",
-    "induction": "S2",
-    "s_inhibition": "END",
-    "name_mover": "END",
-    "negative_name_mover": "END",
-    "backup_name_mover": "END",
-    "subject_suppressor": "END",
-    "subject_mover": "END",
-    "amplifier": "END",
-    "damper": "END",
-}
+ROLE_POSITIONS = {"previous_token": "S1+1", "duplicate_token": "S2", "induction": "S2"}
+ROLE_POSITIONS |= dict.fromkeys(("s_inhibition", "name_mover", "negative_name_mover"), "END")
+ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "subject_suppressor"), "END")
+ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
 
 
 class Faithfulness(NamedTuple):
@@ -214,10 +205,7 @@ def faithfulness(circuit: Float[Tensor, "prompt"], model: Float[Tensor, "prompt"
 
 
 def completeness(
-    model: TransformerBridge,
-    prompts: IOIPrompts,
-    means: Run,
-    circuit: Circuit,
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, circuit: Circuit
 ) -> dict[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]]:
     """Per role G: F(C - G) and F(M - G), and under "none" F(C) and F(M) (section 4.1).
 
@@ -231,11 +219,20 @@ def completeness(
     return dict(zip(["none", *circuit], zip(in_circuit, in_model, strict=True), strict=True))
 
 
+def mean_gap(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Mean |F(C - G) - F(M - G)| over the roles G of `completeness`, as a share of |F(M)|.
+
+    Raises ValueError when nothing is knocked out.
+    """
+    whole = pairs["none"][1].mean().abs()
+    gaps = [(c.mean() - m.mean()).abs() / whole for role, (c, m) in pairs.items() if role != "none"]
+    if not gaps:
+        raise ValueError(f"pairs has no role, got {list(pairs)}")
+    return torch.stack(gaps).mean().item()
+
+
 def minimality(
-    model: TransformerBridge,
-    prompts: IOIPrompts,
-    means: Run,
-    circuit: Circuit,
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, circuit: Circuit
 ) -> dict[Node, Float[Tensor, "prompt"]]:
     """Per node v of the circuit: F(C - K) - F(C - K - v), what v adds (section 4.2).
 

@@ -40,12 +40,10 @@ NAMES = (
     "Angela Shirley Anna Emma Nicole Helen Samantha Katherine Christine Rachel Catherine Maria "
     "Heather Ruth Julie Victoria Alice Jane Kate Hannah"
 ).split()
-ORDERS = ("both", "ABBA", "BABA")
-# Who is named first, second and third: A is the indirect object, B the subject, C to F are others.
+# Who is named first, second and third: A is the indirect object, B the subject, D to F are others.
 # Written for ABBA; in BABA the first two change places.
 CORRUPTIONS = {
     "s2_io": "ABA",
-    "s2_third": "ABC",
     "abc": "DEF",
     "swapped": "BAB",
     "exchanged": "BAA",
@@ -93,34 +91,28 @@ def single_token_names(model: TransformerBridge) -> list[str]:
     return _single_tokens(model, NAMES)
 
 
-def ioi_prompts(
-    model: TransformerBridge, n_prompts: int, seed: int = 0, order: str = "both"
-) -> IOIPrompts:
+def ioi_prompts(model: TransformerBridge, n_prompts: int, seed: int = 0) -> IOIPrompts:
     """Aligned prompts: the answer is the indirect object IO, not the subject S, who is named twice.
 
-    Start token, then a frame of `FRAMES`; END is the last position. Order "ABBA" names IO first,
-    "BABA" S first; "both" alternates, with each frame equally often in each. `answers` is (IO, S).
+    Start token, then a frame of `FRAMES`; END is the last position. The prompts name IO first
+    (ABBA) and S first (BABA) in turn, with each frame equally often in each. `answers` is (IO, S).
     `corrupted` (A = IO, B = S; the original is A B B, and in BABA the first two change places):
     - `s2_io` A B A: S2 is the other name, so the answer flips.
-    - `s2_third` A B C: S2 is a third name.
     - `abc` D E F: three new names, all different; no name is the answer.
     - `swapped` B A B: the first two change places, ABBA becomes BABA; same answer.
     - `exchanged` B A A, `renamed` D E E, `renamed_swapped` E D E: with the prompt itself, `s2_io`
       and `swapped`, the six data sets that tell position from token (Wang et al. 2022, appendix A).
     A CPU generator draws prompt by prompt: a seed means the same data on every machine, and fewer
-    prompts are the first of more. ValueError: no tokenizer, `order` unknown, `n_prompts` below 1,
-    fewer than 5 names or no frame, place or object left that the tokenizer does not split.
+    prompts are the first of more. ValueError: no tokenizer, `n_prompts` below 1, fewer than 5 names
+    or no frame, place or object left that the tokenizer does not split.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     draws = _draw(model, n_prompts, seed)
     filled = [_fill(frame, "ABB", True, draws[0]) for frame in FRAMES]
     kept = [i for i, text in enumerate(filled) if _is_whole(model, text)]
     if not kept:
         raise ValueError("no frame is left: the model's tokenizer splits a word in each of FRAMES")
     index = torch.arange(n_prompts)
-    is_abba = index % 2 == 0 if order == "both" else torch.full((n_prompts,), order == "ABBA")
-    template = torch.tensor(kept)[(index // 2 if order == "both" else index) % len(kept)]
+    is_abba, template = index % 2 == 0, torch.tensor(kept)[index // 2 % len(kept)]
     slots = list(zip(template.tolist(), is_abba.tolist(), draws, strict=True))
 
     def texts(letters: str) -> list[str]:
@@ -193,7 +185,7 @@ def fit_signal(
 
 
 def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str, str]]:
-    """For each prompt: names A to F (C is D: no corruption has both), a place and an object."""
+    """For each prompt: five names, a place and an object."""
     check_count("n_prompts", n_prompts)
     names = single_token_names(model)
     if len(names) < 5:
@@ -208,7 +200,6 @@ def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str,
     for _ in range(n_prompts):
         chosen = [names[i] for i in torch.randperm(len(names), generator=generator)[:5]]
         draw = dict(zip("ABDEF", chosen, strict=True))
-        draw["C"] = draw["D"]
         for slot, pool in pools.items():
             draw[slot] = pool[int(torch.randint(len(pool), (), generator=generator))]
         draws.append(draw)
