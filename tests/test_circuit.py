@@ -236,9 +236,9 @@ def test_a_head_in_two_roles_is_two_nodes():
     assert {(Head(1, 2), "S2"), (Head(1, 2), "END")} <= c.nodes(CIRCUIT)
 
 
-def test_keep_mask_marks_each_prompts_own_position(random_gpt2):
+def test_node_mask_marks_each_prompts_own_position(random_gpt2):
     prompts = random_prompts()
-    mask = c.keep_mask(random_gpt2, prompts, {(Head(2, 1), "S2"), (Head(0, 3), "END")})
+    mask = c.node_mask(random_gpt2, prompts, {(Head(2, 1), "S2"), (Head(0, 3), "END")})
     want = {(i, 2, int(p), 1) for i, p in enumerate(prompts.positions["S2"])}
     want |= {(i, 0, N_POSITIONS - 1, 3) for i in range(len(prompts.tokens))}
     assert {tuple(at) for at in mask.nonzero().tolist()} == want
@@ -299,7 +299,7 @@ def test_bad_input_to_a_run_is_refused(random_gpt2, run):
         (lambda: c.select_heads(torch.zeros(2, 2), 0.1, 1), "effects must be .*layer head"),
         (lambda: c.select_heads(torch.zeros(2, 2, 2), -0.1, 1), "must not be negative"),
         (lambda: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be \+1 or -1"),
-        (lambda: c.faithfulness(torch.ones(2), torch.ones(3)), "model must be .* prompt=2"),
+        (lambda: c.faithfulness(torch.ones(2), torch.ones(3)), "f_model must be .* prompt=2"),
         (lambda: c.faithfulness(torch.ones(2), torch.zeros(2)), "mean logit difference is zero"),
         (
             lambda: c.means_run(random_prompts(), torch.zeros(2, 3, 6, 4, 16)),

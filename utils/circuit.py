@@ -116,17 +116,17 @@ def abc_means(
     return total / n_prompts.view(-1, 1, 1, 1, 1)
 
 
-def keep_mask(
-    model: TransformerBridge, prompts: IOIPrompts, kept: Set[Node]
+def node_mask(
+    model: TransformerBridge, prompts: IOIPrompts, nodes: Set[Node]
 ) -> Bool[Tensor, "prompt layer pos head"]:
-    """True at every kept node, at that position of each prompt; False at every other.
+    """True at every node, at that position of each prompt; False at every other.
 
     Raises ValueError for a head the model lacks or a position the prompts lack.
     """
     n_prompts, n_positions = prompts.tokens.shape
     shape = (n_prompts, model.cfg.n_layers, n_positions, model.cfg.n_heads)
     mask = torch.zeros(shape, dtype=torch.bool)
-    for head, position in kept:
+    for head, position in nodes:
         layer, index = check_heads(model, [head])[0]
         if position not in prompts.positions:
             raise ValueError(f"no position {position!r}, prompts have {list(prompts.positions)}")
@@ -153,14 +153,14 @@ def knock_out(
     model: TransformerBridge, prompts: IOIPrompts, means: Run, removed: Set[Node]
 ) -> list[Edit]:
     """Edits that mean-ablate these nodes."""
-    return nodes_from(keep_mask(model, prompts, removed), means)
+    return nodes_from(node_mask(model, prompts, removed), means)
 
 
 def outside(
     model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
 ) -> list[Edit]:
     """Edits that mean-ablate all but these nodes: every other head, at every position."""
-    return nodes_from(~keep_mask(model, prompts, kept), means)
+    return nodes_from(~node_mask(model, prompts, kept), means)
 
 
 def logit_diffs(
@@ -178,6 +178,7 @@ def run_circuit(
     model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
 ) -> Float[Tensor, "prompt"]:
     """F(C): the logit difference with every node but `kept` mean-ablated."""
+    # one intervention without edits: the base run itself
     return logit_diffs(model, prompts, [[]], base=outside(model, prompts, means, kept))[0]
 
 
@@ -189,19 +190,21 @@ def run_knockout(
 
 
 @checked
-def faithfulness(circuit: Float[Tensor, "prompt"], model: Float[Tensor, "prompt"]) -> Faithfulness:
+def faithfulness(
+    f_circuit: Float[Tensor, "prompt"], f_model: Float[Tensor, "prompt"]
+) -> Faithfulness:
     """Mean F(C) over mean F(M), and |mean F(M) - mean F(C)| (Wang et al. 2022, section 4).
 
     The standard error of the ratio r is by the delta method: that of F(C) - r F(M), over the mean
     of F(M). Raises ValueError when F(M) has mean zero.
     """
-    whole = model.float().mean().item()
+    whole = f_model.float().mean().item()
     if abs(whole) < 1e-6:
-        raise ValueError("model: the mean logit difference is zero, nothing to be faithful to")
-    ratio = circuit.float().mean().item() / whole
-    error = estimate(circuit - ratio * model).stderr / abs(whole)
-    gap = estimate(model - circuit)
-    return Faithfulness(Estimate(ratio, error, len(model)), gap._replace(mean=abs(gap.mean)))
+        raise ValueError("f_model: the mean logit difference is zero, nothing to be faithful to")
+    ratio = f_circuit.float().mean().item() / whole
+    error = estimate(f_circuit - ratio * f_model).stderr / abs(whole)
+    gap = estimate(f_model - f_circuit)
+    return Faithfulness(Estimate(ratio, error, len(f_model)), gap._replace(mean=abs(gap.mean)))
 
 
 def completeness(

@@ -3,12 +3,18 @@
 Zero ablation, mean ablation, activation patching, path patching and running a circuit alone differ
 only in *where* the new value goes and *which run* it comes from:
 
-    heads_from(model, heads, 0.0)                            # zero ablation
-    heads_from(model, heads, mean_run(model, tokens))        # mean ablation
-    heads_from(model, heads, record(model, clean, ["z"]))    # activation patching
+    heads_from(model, heads, 0.0)                           # zero ablation
+    heads_from(model, heads, mean_run(model, others))       # mean ablation (`utils.ablation`)
+    heads_from(model, heads, record(model, clean, ["z"]))   # patching, on the corrupted prompts
+    nodes_from(~circuit, means)                             # a circuit alone (`utils.circuit`)
 
-Each gives a list of `Edit`s. `hooks(edits)` makes ordinary TransformerLens hooks of them, for
-`model.run_with_hooks`; `sweep` measures many such lists, each alone, in a fraction of the time.
+    sent = [*heads_from(model, all_heads, original), *heads_from(model, [sender], new)]
+    arrived = record(model, prompts, ["q"], sent)           # path patching (`utils.paths`):
+    heads_from(model, receivers, arrived, "q")              # frozen but for the sender, then put
+
+Each gives a list of `Edit`s; of two at one place the later wins. `hooks(edits)` makes ordinary
+TransformerLens hooks of them, for `model.run_with_hooks`; `sweep` measures many such lists, each
+alone, in a fraction of the time.
 """
 
 from collections import defaultdict
@@ -34,8 +40,9 @@ STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 class Run(NamedTuple):
     """Activations by hook name: of one run (with its tokens and the edits it ran under), or others.
 
-    Means or mixtures of runs have no tokens. An axis of length one, as in a mean over prompts or
-    positions, stands for all of them.
+    Tokens and edits must explain the activations in full: `sweep` does not look at what they say
+    is unchanged. Means, mixtures and what was changed by hand have no tokens: `Run(activations)`.
+    An axis of length one, as in a mean over prompts or positions, stands for all of them.
     """
 
     activations: Mapping[str, Tensor]
@@ -55,7 +62,7 @@ class Edit(NamedTuple):
     source: Run | float
 
     def __call__(self, x: Tensor, rows: slice = slice(None), start: int = 0) -> Tensor:
-        """The activation after the edit; `x` holds these prompts, from position `start` on."""
+        """The activation after the edit. (`rows`, `start`: the engine's part of the prompts.)"""
         new = self.source
         if isinstance(new, Run):
             new = self._part("source", new.activations[self.name], x, rows, start)
@@ -108,9 +115,12 @@ def record(
     names = [hook_name(layer, site) for site in sites for layer in layers]
     if lacking := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"sites: this model has no {lacking[0]}")
+    # under hooks that are not in `edits` the tokens do not explain the activations
+    points = model.hook_dict.values()
+    plain = all(hook.is_permanent for point in points for hook in point.fwd_hooks)
     with model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
         cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=n_layers)[1]
-    return Run({name: cache[name] for name in names}, tokens, edits)
+    return Run({name: cache[name] for name in names}, tokens if plain else None, edits)
 
 
 @checked
@@ -210,7 +220,7 @@ def sweep(
 
 
 def hook_name(layer: int, site: str) -> str:
-    """The name of a layer's hook point at a site, as in `model.hook_dict`."""
+    """The name of a layer's hook point at a site; "out" is what attention gives, before a norm."""
     return f"blocks.{layer}.{'attn.' if site in (*HEAD_SITES, 'out') else ''}hook_{site}"
 
 

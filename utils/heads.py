@@ -1,4 +1,9 @@
-"""Attention heads: their names, and scores that read what a head does off its patterns."""
+"""Attention heads: their names, and scores that read what a head does off its patterns.
+
+A site is a hook point that every layer has. Those of heads: "q", "k", "v" (queries, keys, values),
+"pattern" (attention, from each destination to the sources) and "z" (the values that a head has
+gathered by its attention, before W_O writes them to the residual stream).
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence

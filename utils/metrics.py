@@ -123,8 +123,7 @@ def logit_diff(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Logit of the right minus logit of the wrong answer at the last position, per prompt."""
-    right, wrong = logits[:, -1].gather(1, answers.to(logits.device)).unbind(1)
-    return right - wrong
+    return LogitDiff(answers)(logits)
 
 
 @checked

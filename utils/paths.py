@@ -4,7 +4,8 @@ Everything stays as in the original run but (Wang et al. 2022, section 3 and app
 
     sender, from the new run  ->  residual stream and MLPs  ->  the receivers' q, k or v
 
-In edits: freeze every head's z at the original run's, take the sender's from the new run, and read
+Unlike activation patching, which restores a corrupted run, this disturbs the original one. In
+edits: freeze every head's z at the original run's, take the sender's from the new run, and read
 off what arrives at the receivers; then run the original prompts with that put in place.
 """
 

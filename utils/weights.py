@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import composition_scores as frobenius_scores
 
 from utils.heads import all_heads, cache_heads, check_heads
-from utils.metrics import last_position_hooks, token_batches
+from utils.metrics import token_batches
 from utils.prompts import check_count, check_range, check_tokens, ordinary_tokens, start_token
 from utils.typed import checked
 
@@ -143,8 +143,7 @@ def name_copying_score(
     check_tokens(model, tokens, "names")
     tokens = tokens.to(model.cfg.device)
     stream = "blocks.0.hook_resid_post"
-    with model.hooks(fwd_hooks=last_position_hooks()):
-        cache = model.run_with_cache(tokens, names_filter=[stream], stop_at_layer=1)[1]
+    cache = model.run_with_cache(tokens, names_filter=[stream], stop_at_layer=1)[1]
     read = torch.stack([model.blocks[h.layer].ln1(cache[stream][:, 1:]) for h in heads])
     w_v, w_o = ov_weights(model, heads)
     written = read[:, :, 0] @ w_v @ w_o  # [n_heads name d_model]

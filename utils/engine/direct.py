@@ -35,7 +35,8 @@ def along_direct_paths(
     run's z. Layer n_layers stands for the stream above the last block.
     """
     order = sorted(range(len(senders)), key=senders.__getitem__)
-    size = max(1, rows_that_fit(model, columns.shape[1] + 1) // len(columns))
+    n_columns = columns.shape[1] + 1  # and what is given of the others
+    size = max(1, rows_that_fit(model, n_columns) // len(columns))
     rows = torch.arange(len(columns), device=columns.device)[:, None]
 
     def streams(pack: list[tuple[int, int]]) -> Streams:
@@ -48,7 +49,9 @@ def along_direct_paths(
 
         first, top = pack[0][0], max(layers)
         found = {layer: unchanged(layer, len(pack)) for layer in layers if layer < first}
-        resid = unchanged(first, 0)  # [sender prompt col d_model], no sender yet
+        # [sender prompt col d_model] of the senders that have joined; for the rest of the pack the
+        # stream is still the original's
+        resid = unchanged(first, 0)
         for layer in range(first, top):
             if layer in layers:
                 found[layer] = torch.cat([resid, unchanged(layer, len(pack) - len(resid))])

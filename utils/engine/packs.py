@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Values = Float[Tensor, "item prompt *read"]
 
 
-class Edit(Protocol):
+class EditLike(Protocol):
     """What the engine needs to know of a `utils.edits.Edit`."""
 
     name: str
@@ -35,8 +35,8 @@ def sweep_in_packs(
     model: TransformerBridge,
     tokens: Int[Tensor, "prompt pos"],
     metric: Metric,
-    interventions: Sequence[Sequence[Edit]],
-    base: Sequence[Edit],
+    interventions: Sequence[Sequence[EditLike]],
+    base: Sequence[EditLike],
     read: Sequence[int] | None,
     desc: str,
 ) -> Values:
@@ -102,8 +102,8 @@ def activation_shape(
 def first_change(
     model: TransformerBridge,
     tokens: Int[Tensor, "prompt pos"],
-    edits: Sequence[Edit],
-    base: Sequence[Edit],
+    edits: Sequence[EditLike],
+    base: Sequence[EditLike],
 ) -> tuple[int, int]:
     """The first position and the lowest block that the edits change, on top of `base`."""
     found = [(tokens.shape[1] - 1, model.cfg.n_layers - 1)]  # if they change nothing
@@ -122,11 +122,11 @@ def first_change(
 
 
 def copy_hooks(
-    base: Sequence[Edit], copies: Sequence[Sequence[Edit]], rows: slice, start: int = 0
+    base: Sequence[EditLike], copies: Sequence[Sequence[EditLike]], rows: slice, start: int = 0
 ) -> Hooks:
     """Hooks on copies of some prompts: `base` on each of them, `copies[i]` on copy i alone."""
     every = slice(None)
-    by_name: dict[str, list[tuple[int | slice, Edit]]] = defaultdict(list)
+    by_name: dict[str, list[tuple[int | slice, EditLike]]] = defaultdict(list)
     for edit in base:
         by_name[edit.name].append((every, edit))
     for copy, edits in enumerate(copies):
@@ -155,7 +155,7 @@ def in_packs(
     progress: tqdm,
 ) -> Float[Tensor, "item *rest"]:
     """`run` on packs of so many items, joined; a pack that is out of memory is halved."""
-    keep_freed_memory()
+    raise_malloc_threshold()
     done, results = 0, []
     while done < len(items):
         pack = list(items[done : done + size])
@@ -181,7 +181,8 @@ def rows_that_fit(model: TransformerBridge, n_positions: int, start: int = 0) ->
     On a GPU they may take half of the free memory, else a quarter of what the model takes.
     """
     cfg, weight = model.cfg, next(model.parameters())
-    # numbers held at once: those of a position in one block, and the keys and values it reads
+    # numbers held at once: about so many streams of a position in one block (the MLP's inner ones,
+    # those beside it, attention scores), and the keys and values it reads
     width = 4 * (cfg.d_mlp or 0) + 12 * cfg.d_model + 3 * cfg.n_heads * n_positions
     numbers = (n_positions - start) * width + 4 * n_positions * cfg.d_model
     if weight.device.type == "cuda":
@@ -192,7 +193,7 @@ def rows_that_fit(model: TransformerBridge, n_positions: int, start: int = 0) ->
 
 
 @cache
-def keep_freed_memory() -> None:
+def raise_malloc_threshold() -> None:
     """Free one block of 31 MB, once a process, so that the C library keeps what is freed later.
 
     glibc raises its threshold for giving memory back to the size of the largest block freed so far

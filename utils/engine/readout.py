@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 Hooks = Sequence[tuple[str, Callable]]
 Metric = Callable[[Float[Tensor, "prompt read vocab"]], Float[Tensor, "prompt *read"]]
-MAX_LOGITS = 2**24  # logits held at once: 64 MB in float32
+LOGITS_AT_ONCE = 2**24  # logits held at once: 64 MB in float32
 VOCAB_PART = 2048
 
 
@@ -47,6 +47,8 @@ class LogitDiff(Readout):
     def __init__(self, answers: Int[Tensor, "prompt 2"]):
         if answers.ndim != 2 or answers.shape[1] != 2:
             raise ValueError(f"answers must have shape [prompt 2], got {list(answers.shape)}")
+        if answers.numel() and answers.min() < 0:
+            raise ValueError(f"answers must be token ids, got {int(answers.min())}")
         self.answers = answers
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt"]:
@@ -54,6 +56,7 @@ class LogitDiff(Readout):
         return right - wrong
 
     def of_normed(self, normed: Tensor, w_u: Tensor, b_u: Tensor) -> Float[Tensor, "copy prompt"]:
+        _check_prompts("answers", self.answers, normed)
         right, wrong = self.answers.to(normed.device).unbind(1)
         direction = w_u[:, right] - w_u[:, wrong]
         return torch.einsum("cpd,dp->cp", normed[:, :, -1], direction) + b_u[right] - b_u[wrong]
@@ -73,6 +76,7 @@ class TokenLoss(Readout):
         self, normed: Tensor, w_u: Tensor, b_u: Tensor
     ) -> Float[Tensor, "copy prompt read"]:
         """A part of the vocabulary at a time, so that the logits stay in the processor's cache."""
+        _check_prompts("targets", self.targets, normed)
         targets = self.targets.to(normed.device)
         right = (normed * w_u.T[targets]).sum(-1) + b_u[targets]
         rows, sums = normed.flatten(0, 2), []
@@ -93,8 +97,10 @@ def read_out(
     """The metric of each copy, from the residual stream above the last block."""
     if isinstance(metric, Readout):
         normed = model.ln_final(resid.flatten(0, 1)).unflatten(0, resid.shape[:2])
-        return metric.of_normed(normed, model.W_U, model.b_U)
-    at_once = max(1, MAX_LOGITS // (resid[0, ..., 0].numel() * model.cfg.d_vocab))
+        values = metric.of_normed(normed, model.W_U, model.b_U)
+        check_values(values[0], resid.shape[1:3], last_alone)
+        return values
+    at_once = max(1, LOGITS_AT_ONCE // (resid[0, ..., 0].numel() * model.cfg.d_vocab))
     values = []
     for some in resid.split(at_once):
         logits = model.unembed(model.ln_final(some.flatten(0, 1)))
@@ -107,15 +113,23 @@ def values_of(
 ) -> Float[Tensor, "prompt *read"]:
     """The metric; ValueError unless it gives one value per prompt, or per prompt and position."""
     values = metric(logits)
-    wanted, shapes = "[prompt]", [logits.shape[:1]]
-    if not last_alone:
-        wanted, shapes = "[prompt] or [prompt read]", [*shapes, logits.shape[:2]]
-    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-    if not isinstance(values, Tensor) or values.shape not in shapes:
-        raise ValueError(f"metric must give {wanted} values, got shape {got}")
+    check_values(values, logits.shape[:2], last_alone)
     return values
+
+
+def check_values(values: Tensor, shape: tuple[int, int], last_alone: bool) -> None:
+    """Raise ValueError unless a metric's values are one per prompt (or prompt and position)."""
+    wanted = "[prompt]" if last_alone else "[prompt] or [prompt read]"
+    got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if got not in (shape[:1], *([] if last_alone else [shape])):
+        raise ValueError(f"metric must give {wanted} values, got shape {got}")
 
 
 def read_hook(read: Sequence[int]) -> tuple[str, Callable]:
     """A hook that unembeds some positions alone: logits become [prompt read vocab]."""
     return ("unembed.hook_in", lambda resid, hook: resid[:, read])
+
+
+def _check_prompts(name: str, given: Tensor, normed: Float[Tensor, "copy prompt *rest"]) -> None:
+    if len(given) != normed.shape[1]:
+        raise ValueError(f"{name} are for {len(given)} prompts, this run has {normed.shape[1]}")

@@ -150,7 +150,7 @@ def can_replay(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> b
 
 
 def _is_exact(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> bool:
-    """One patch replayed beside an unpatched copy, and one block with its attention given.
+    """A patch replayed beside an unpatched copy of all blocks, and one block's attention given.
 
     The patch sets the residual stream halfway up to 0, from the middle position on.
     """
@@ -159,7 +159,7 @@ def _is_exact(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> bo
 
     def clear(resid: Tensor, hook, start: int = 0) -> Tensor:
         resid = resid.clone()
-        resid[: len(tokens), middle - start :] = 0  # in the first copy
+        resid[-len(tokens) :, middle - start :] = 0  # in the last copy
         return resid
 
     recorded = Replay(model, tokens)
@@ -169,11 +169,11 @@ def _is_exact(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> bo
     names = [f"{block}.attn.hook_out", f"{block}.hook_resid_post"]
     with model.hooks(fwd_hooks=[read_hook([-1])]):
         unpatched, cache = model.run_with_cache(tokens, names_filter=names)
-    again = recorded.run([layer] * 2, [(at, lambda r, hook: clear(r, hook, start))], start, [-1])
+    again = recorded.run([0, layer], [(at, lambda r, hook: clear(r, hook, start))], start, [-1])
     with given_attention(model, layer, cache[names[0]]):
         above = output_of(model.blocks[layer](recorded.hidden[layer]))
     pairs = [
-        (model.unembed(model.ln_final(again.flatten(0, 1))), torch.cat([whole, unpatched])),
+        (model.unembed(model.ln_final(again.flatten(0, 1))), torch.cat([unpatched, whole])),
         (above, cache[names[1]]),
     ]
     return all(torch.allclose(got, want, atol=1e-3, rtol=1e-4) for got, want in pairs)
