@@ -236,14 +236,6 @@ def test_a_head_in_two_roles_is_two_nodes():
     assert {(Head(1, 2), "S2"), (Head(1, 2), "END")} <= c.nodes(CIRCUIT)
 
 
-def test_node_mask_marks_each_prompts_own_position(random_gpt2):
-    prompts = random_prompts()
-    mask = c.node_mask(random_gpt2, prompts, {(Head(2, 1), "S2"), (Head(0, 3), "END")})
-    want = {(i, 2, int(p), 1) for i, p in enumerate(prompts.positions["S2"])}
-    want |= {(i, 0, N_POSITIONS - 1, 3) for i in range(len(prompts.tokens))}
-    assert {tuple(at) for at in mask.nonzero().tolist()} == want
-
-
 def test_select_heads_by_sign_size_and_error():
     effects = torch.zeros(4, 2, 3)
     effects[:, 0, 1] = torch.tensor([0.9, 1.0, 1.1, 1.0])
@@ -294,35 +286,32 @@ def test_bad_input_to_a_run_is_refused(random_gpt2, run):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: c.nodes({"helper": [Head(0, 0)]}), "role 'helper' has no position"),
-        (lambda: c.select_heads(torch.zeros(1, 2, 2), 0.1, 1), "2 or more prompts"),
-        (lambda: c.select_heads(torch.zeros(2, 2), 0.1, 1), "effects must be .*layer head"),
-        (lambda: c.select_heads(torch.zeros(2, 2, 2), -0.1, 1), "must not be negative"),
-        (lambda: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be \+1 or -1"),
-        (lambda: c.faithfulness(torch.ones(2), torch.ones(3)), "f_model must be .* prompt=2"),
-        (lambda: c.faithfulness(torch.ones(2), torch.zeros(2)), "mean logit difference is zero"),
+        (lambda m: c.random_circuits(m, CIRCUIT, n_draws=0), "n_draws must be at least 1"),
         (
-            lambda: c.means_run(random_prompts(), torch.zeros(2, 3, 6, 4, 16)),
+            lambda m: c.random_circuits(m, {"induction": all_heads(m)[:7]}, n_draws=1),
+            "circuit has 7 heads, the model only 5 others",
+        ),
+        (lambda m: c.nodes({"helper": [Head(0, 0)]}), "role 'helper' has no position"),
+        (lambda m: c.select_heads(torch.zeros(1, 2, 2), 0.1, 1), "2 or more prompts"),
+        (lambda m: c.select_heads(torch.zeros(2, 2), 0.1, 1), "effects must be .*layer head"),
+        (lambda m: c.select_heads(torch.zeros(2, 2, 2), -0.1, 1), "must not be negative"),
+        (lambda m: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be \+1 or -1"),
+        (lambda m: c.faithfulness(torch.ones(2), torch.ones(3)), "f_model must be .* prompt=2"),
+        (lambda m: c.faithfulness(torch.ones(2), torch.zeros(2)), "mean logit difference is zero"),
+        (
+            lambda m: c.means_run(random_prompts(), torch.zeros(2, 3, 6, 4, 16)),
             "means are for 6 positions, prompts have 7",
         ),
         (
-            lambda: c.means_run(random_prompts(), torch.zeros(1, 3, 7, 4, 16)),
+            lambda m: c.means_run(random_prompts(), torch.zeros(1, 3, 7, 4, 16)),
             r"means lacks template \[1\]",
         ),
         (
-            lambda: c.means_run(random_prompts(), torch.full((2, 3, 7, 4, 16), math.nan)),
+            lambda m: c.means_run(random_prompts(), torch.full((2, 3, 7, 4, 16), math.nan)),
             r"means lacks template \[0, 1\]",
         ),
     ],
 )
-def test_bad_input_to_the_figures_is_refused(call, message):
+def test_bad_input_to_the_figures_is_refused(random_gpt2, call, message):
     with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_bad_input_to_random_circuits_is_refused(random_gpt2):
-    with pytest.raises(ValueError, match="n_draws must be at least 1"):
-        c.random_circuits(random_gpt2, CIRCUIT, n_draws=0)
-    many = {"induction": all_heads(random_gpt2)[:7]}
-    with pytest.raises(ValueError, match="circuit has 7 heads, the model only 5 others"):
-        c.random_circuits(random_gpt2, many, n_draws=1)
+        call(random_gpt2)

@@ -183,13 +183,6 @@ def test_a_sweep_is_one_whole_run_for_each(every_model, draw, read, under_base):
             assert (got - got[2]).abs().amax(1)[[0, 1, 3, 4, 5, 6]].min() > 1e-5
 
 
-def test_one_prompt_and_a_base_alone(every_model, draw):
-    tokens = draw(every_model, n_prompts=1)
-    base = heads_from(every_model, [(0, 1)], 0.0)
-    got = sweep(every_model, tokens, one_logit, [[]], base)
-    torch.testing.assert_close(got, whole_runs(every_model, tokens, [[]], base), **EXACT)
-
-
 def positions_run(model, call):
     """How many positions each block is given within a call, as (layer, positions)."""
     seen = []
@@ -231,11 +224,9 @@ def test_a_source_under_other_edits_differs_from_its_first_position_on(small_mod
     clean = tokens.clone()
     clean[:, -1] = draw(model, length=1, seed=1)[:, 0]
     low = heads_from(model, [(0, 0)], 0.0)
-    receivers = [(1, 1), (1, 2)]
-    run = record(model, clean, ["v"] if model.cfg.n_heads == 4 else ["z"], low)
-    site = "v" if model.cfg.n_heads == 4 else "z"
-    edits = heads_from(model, receivers, run, site)
-    narrowed = heads_from(model, receivers, run, site, only_at(tokens, 8))
+    run = record(model, clean, ["v"], low)
+    edits = heads_from(model, [(1, 0), (1, 1)], run, "v")
+    narrowed = heads_from(model, [(1, 0), (1, 1)], run, "v", only_at(tokens, 8))
     got = sweep(model, tokens, one_logit, [edits, narrowed])
     want = whole_runs(model, tokens, [edits, narrowed])
     torch.testing.assert_close(got, want, **EXACT)
@@ -298,8 +289,16 @@ def test_nothing_is_left_behind(request, name, error):
 ONES = torch.ones(2, 4).long()
 
 
+Z = "blocks.0.attn.hook_z"
+
+
 def z_run(*shape):
-    return Run({hook_name(layer, "z"): torch.zeros(shape) for layer in range(3)})
+    return Run({Z: torch.zeros(shape)})
+
+
+def given(model, name, shape, source=0.0):
+    """A sweep of one edit whose `where` is of this shape."""
+    return sweep(model, ONES, one_logit, [[Edit(name, torch.ones(shape) > 0, source)]])
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -311,13 +310,13 @@ def z_run(*shape):
         (lambda m: heads_from(m, [(0, -1)], 0.0), "no head L0H-1"),
         (lambda m: heads_from(m, [0, 1], 0.0), "heads must be Iterable"),
         (lambda m: heads_from(m, [(0, 0)], 0.0, "w"), "site must be one of .* got 'w'"),
-        (lambda m: heads_from(m, [(0, 0)], z_run(1, 4, 4, 16), "q"), "source lacks .*hook_q, it"),
+        (lambda m: heads_from(m, [(0, 0)], z_run(1), "q"), "source lacks .*hook_q, it has"),
         (lambda m: heads_from(m, [(0, 0)], torch.ones(3)), "source must be"),
         (lambda m: heads_from(m, [(0, 0)], 0.0, at=torch.ones(4) > 0), r"at must be .*pos"),
         (lambda m: stream_from(m, 3, 0.0), r"layer must lie in 0\.\.2, got 3"),
         (lambda m: stream_from(m, -1, 0.0), r"layer must lie in 0\.\.2, got -1"),
         (lambda m: stream_from(m, 0, 0.0, "z"), "site must be one of .* got 'z'"),
-        (lambda m: stream_from(m, 0, z_run(1, 1, 1, 1)), "source lacks blocks.0.hook_resid_pre"),
+        (lambda m: stream_from(m, 0, z_run(1)), "source lacks blocks.0.hook_resid_pre"),
         (lambda m: nodes_from(torch.ones(2, 3, 4) > 0, 0.0), "mask must be .*layer"),
         (lambda m: only_at(ONES, 4), r"position must lie in 0\.\.3, got 4"),
         (lambda m: only_at(ONES, torch.tensor([-1, 0])), r"position must lie in 0\.\.3"),
@@ -334,46 +333,23 @@ def z_run(*shape):
         (lambda m: sweep(m, ONES, one_logit, [[]], read=[]), r"read must be one or more of 0\.\.3"),
         (lambda m: sweep(m, ONES, one_logit, [[]], read=[4]), r"read must .* 0\.\.3, got \[4\]"),
         (lambda m: sweep(m, ONES, one_logit, [[]], read=[-1]), r"read must .* got \[-1\]"),
+        (
+            lambda m: sweep(m, ONES, one_logit, [[]], heads_from(m, [(0, 0)], z_run(3, 4, 4, 16))),
+            r"source of the edit at .* is for \[3, 4, 4, 16\]",
+        ),
         *(
             (
-                lambda m, shape=shape: sweep(
-                    m, ONES, one_logit, [heads_from(m, [(0, 0)], z_run(*shape))]
-                ),
+                lambda m, shape=shape: given(m, Z, (1, 1, 1, 1), z_run(*shape)),
                 rf"source of the edit at .*hook_z is for \[{shape[0]}, .* this run has \[2, 4, 4",
             )
             for shape in ((3, 4, 4, 16), (2, 5, 4, 16), (1, 1, 5, 16), (1, 1, 4, 8), (4, 16, 1))
         ),
-        (
-            lambda m: sweep(
-                m, ONES, one_logit, [[]], base=heads_from(m, [(0, 0)], z_run(3, 4, 4, 16))
-            ),
-            r"source of the edit at .* is for \[3, 4, 4, 16\]",
-        ),
-        (
-            lambda m: sweep(
-                m, ONES, one_logit, [heads_from(m, [(0, 0)], 0.0, at=torch.ones(3, 4) > 0)]
-            ),
-            r"where of the edit at .* is for \[3, 4, 4, 1\]",
+        *(
+            (lambda m, shape=shape: given(m, Z, shape), r"where of the edit at .*hook_z is for")
+            for shape in ((3, 4, 4, 1), (2, 5, 1, 1), (1, 1, 3, 1), (1, 1, 1, 1, 1), (2,), ())
         ),
         *(
-            (
-                lambda m, axes=axes: sweep(
-                    m,
-                    ONES,
-                    one_logit,
-                    [[Edit("blocks.0.hook_resid_pre", torch.ones(axes) > 0, 0.0)]],
-                ),
-                r"where of the edit at blocks.0.hook_resid_pre is for",
-            )
-            for axes in ((1, 1, 1, 1), (2,))
-        ),
-        *(
-            (
-                lambda m, name=name: sweep(
-                    m, ONES, one_logit, [[Edit(name, torch.ones(1, 1, 1) > 0, 0.0)]]
-                ),
-                f"{name}",
-            )
+            (lambda m, name=name: given(m, name, (1, 1, 1)), name)
             for name in ("ln_final.hook_scale", "hook_embed", "blocks.0.hook_nothing", "z")
         ),
     ],

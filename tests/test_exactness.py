@@ -9,10 +9,10 @@ from utils.metrics import LogitDiff, answer_probability, logit_diff
 from utils.patching import patch_heads, patch_stream
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-LENGTH = 7
+LENGTH = 9
 EXACT = {"atol": 1e-4, "rtol": 0}
 # one prompt, two that begin alike, and two that share nothing
-PROMPTS = {"one": (1, 5), "shared prefix": (2, 5), "no shared prefix": (2, 0)}
+PROMPTS = {"one": (1, 6), "shared prefix": (2, 6), "no shared prefix": (2, 0)}
 
 
 @pytest.fixture(params=PROMPTS)

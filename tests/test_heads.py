@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from transformer_lens.head_detector import (
-    detect_head,
-    get_duplicate_token_head_detection_pattern,
-    get_induction_head_detection_pattern,
-)
+from transformer_lens.head_detector import detect_head
 
 from utils import metrics
 from utils.heads import (
@@ -104,16 +100,6 @@ def test_scores_agree_with_the_head_detector(smollm2):
     # the detector divides by all positions, the first included
     want = detected * n_positions / (n_positions - 1)
     torch.testing.assert_close(previous_token_score(patterns), want, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_stripes_agree_with_the_head_detectors_masks(smollm2):
-    tokens = repeated_tokens(smollm2, 1, 6)
-    pattern = attention_patterns(smollm2, tokens)[0]
-    duplicate = (pattern * get_duplicate_token_head_detection_pattern(tokens)).sum((-2, -1)) / 6
-    induction = (pattern * get_induction_head_detection_pattern(tokens)).sum((-2, -1)) / 6
-    torch.testing.assert_close(duplicate_token_score(pattern, 6), duplicate, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(induction_score(pattern, 6), induction, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -12,10 +12,7 @@ from utils.edits import (
     STREAM_SITES,
     heads_from,
     hook_name,
-    hooks,
-    only_at,
     record,
-    stream_from,
     sweep,
 )
 from utils.engine import direct, packs
@@ -217,47 +214,17 @@ def test_known_metrics_need_no_unembedding(small_model, draw, read):
         handle.remove()
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "llama", "neox"])
-def test_the_top_mlp_runs_where_it_is_read(request, name, draw):
-    """Unless an edit of the top block is not on its attention: its MLP is then whole."""
-    model, widths = request.getfixturevalue(name), []
-    tokens, top = draw(model), model.cfg.n_layers - 1
-    on_attention = [*heads_from(model, [(0, 1)], 0.0), *heads_from(model, [(top, 0)], 0.0)]
-    cases = [
-        (on_attention, None, [9, 1]),  # what the MLP is given, and what it computes
-        (on_attention, [2, 5], [9, 2]),
-        (stream_from(model, top, 0.0, "mlp_out"), None, [9, 9]),
-        (stream_from(model, top, 0.0, "mlp_out", only_at(tokens, 6)), [8], [3, 3]),
-    ]
-    sweep(model, tokens, one_logit, [[]])  # the check on first use
-    mlp = model.blocks[-1].mlp
-    handles = [
-        mlp.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1])),
-        mlp.hook_in.register_forward_hook(lambda _, args, out: widths.append(out.shape[1])),
-    ]
-    try:
-        for edits, read, want in cases:
-            whole = model.run_with_hooks(tokens, fwd_hooks=hooks(edits))
-            widths.clear()
-            got = sweep(model, tokens, one_logit, [edits], read=read)
-            assert widths == [9, 9, *want]  # recorded, then run again
-            torch.testing.assert_close(got[0], whole[:, (read or [-1])[-1], 7], **EXACT)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def test_given_attention_is_not_computed_and_is_restored(every_model, draw):
     model, tokens = every_model, draw(every_model)
     layer = model.cfg.n_layers // 2
     whole, cache = model.run_with_cache(tokens)
     given = cache[hook_name(layer, "out")] * 0
     hook = (hook_name(layer, "z"), lambda z, hook: pytest.fail("computed"))
-    with given_attention(model, {layer: given}), model.hooks(fwd_hooks=[hook]):
+    with given_attention(model, layer, given), model.hooks(fwd_hooks=[hook]):
         got = model(tokens)
     without = [(hook_name(layer, "out"), lambda out, hook: out * 0)]
     torch.testing.assert_close(got, model.run_with_hooks(tokens, fwd_hooks=without), **EXACT)
-    with pytest.raises(KeyboardInterrupt), given_attention(model, {layer: given}):
+    with pytest.raises(KeyboardInterrupt), given_attention(model, layer, given):
         raise KeyboardInterrupt
     assert torch.equal(model(tokens), whole)
 
