@@ -46,6 +46,13 @@ def value_bias(hf, layer):
     return bias[2 * width :].reshape(hf.config.num_attention_heads, -1)
 
 
+def out_weight(hf, layer):
+    """W_O of a layer: [head d_head d_model]."""
+    attn = attention(blocks(hf)[layer])
+    weight = attn.c_proj.weight if hasattr(hf, "transformer") else attn.o_proj.weight.T
+    return weight.unflatten(0, (hf.config.num_attention_heads, -1))
+
+
 def run(hf, tokens, edit=None, site="z"):
     """Logits, with `edit(layer, x)` put in place of a site of every layer.
 

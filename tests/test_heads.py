@@ -27,52 +27,38 @@ def random_patterns(n_prompts, n_heads, n_positions):
     return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
-def pattern_attending(where, n_positions):
-    """One head that puts all attention on `where(dest)`, or on itself where that is nowhere."""
+def pattern_attending(back, n_positions):
+    """One head that puts all attention so many positions back, or on itself where that is none."""
     pattern = torch.zeros(1, 1, n_positions, n_positions)
     for dest in range(n_positions):
-        pattern[0, 0, dest, where(dest) if where(dest) >= 0 else dest] = 1.0
+        pattern[0, 0, dest, dest - back if dest >= back else dest] = 1.0
     return pattern
 
 
 @pytest.mark.parametrize("n_copies", [2, 3])
 def test_ideal_heads_score_one_on_their_own_score_and_zero_on_the_others(n_copies):
-    seq_len = 5
     tokens = torch.tensor([[0] + list(range(1, 6)) * n_copies])
-    scores = {
-        "previous": previous_token_score,
-        "duplicate": lambda p: duplicate_token_score(p, seq_len),
-        "induction": lambda p: induction_score(p, seq_len),
-    }
-    ideal = {
-        "previous": lambda dest: dest - 1,
-        "duplicate": lambda dest: dest - seq_len,
-        "induction": lambda dest: dest - seq_len + 1,
-    }
-    for head, where in ideal.items():
-        pattern = pattern_attending(where, 1 + seq_len * n_copies)
-        for name, score in scores.items():
-            assert score(pattern).item() == float(name == head)
-        assert prefix_matching_score(pattern, tokens).item() == float(head == "induction")
+    for back in (1, 5, 4):
+        pattern = pattern_attending(back, 1 + 5 * n_copies)
+        assert previous_token_score(pattern).item() == float(back == 1)
+        assert duplicate_token_score(pattern, 5).item() == float(back == 5)
+        assert induction_score(pattern, 5).item() == float(back == 4)
+        assert prefix_matching_score(pattern, tokens).item() == float(back == 4)
 
 
 @pytest.mark.parametrize("n_copies", [2, 4])
 def test_stripes_equal_a_loop(n_copies):
     seq_len, n_positions = 6, 1 + 6 * n_copies
     pattern = random_patterns(2, 3, n_positions)
-    previous, duplicate, induction = torch.zeros(3, 2, 3)
-    for prompt in range(2):
-        for head in range(3):
-            p = pattern[prompt, head]
-            later = range(1 + seq_len, n_positions)
-            previous[prompt, head] = sum(p[i, i - 1] for i in range(1, n_positions)) / (
-                n_positions - 1
-            )
-            duplicate[prompt, head] = sum(p[i, i - seq_len] for i in later) / len(later)
-            induction[prompt, head] = sum(p[i, i - seq_len + 1] for i in later) / len(later)
-    torch.testing.assert_close(previous_token_score(pattern), previous)
-    torch.testing.assert_close(duplicate_token_score(pattern, seq_len), duplicate)
-    torch.testing.assert_close(induction_score(pattern, seq_len), induction)
+
+    def loop(back, first):
+        dest = range(first, n_positions)
+        return sum(pattern[:, :, i, i - back] for i in dest) / len(dest)
+
+    later = 1 + seq_len
+    torch.testing.assert_close(previous_token_score(pattern), loop(1, 1))
+    torch.testing.assert_close(duplicate_token_score(pattern, seq_len), loop(seq_len, later))
+    torch.testing.assert_close(induction_score(pattern, seq_len), loop(seq_len - 1, later))
 
 
 def test_prefix_matching_sums_over_all_earlier_copies():
@@ -95,36 +81,28 @@ def test_scores_agree_with_the_head_detector(smollm2):
     text = "The cat sat on the mat. The cat sat on the mat and the cat slept."
     tokens = smollm2.to_tokens(text)
     patterns = attention_patterns(smollm2, tokens)[0]
-    detected = detect_head(smollm2, text, "previous_token_head")
-    n_positions = tokens.shape[1]
     # the detector divides by all positions, the first included
-    want = detected * n_positions / (n_positions - 1)
+    n = tokens.shape[1]
+    want = detect_head(smollm2, text, "previous_token_head") * n / (n - 1)
     torch.testing.assert_close(previous_token_score(patterns), want, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2"])
-def test_score_heads_equals_hugging_face_attentions(request, name, monkeypatch):
-    model, hf = request.getfixturevalue(name), request.getfixturevalue(name + "_hf")
+def test_score_heads_equals_hugging_face_attentions(model_pair, monkeypatch):
+    model, hf = model_pair
     monkeypatch.setattr(metrics, "MAX_LOGITS", 2 * 11 * model.cfg.d_vocab)  # batches of 2 and 1
     tokens = repeated_tokens(model, 3, 5)
     usual = hf.config._attn_implementation
     hf.set_attn_implementation("eager")
-    try:
-        attentions = torch.stack(hf(tokens, output_attentions=True).attentions, dim=1)
-    finally:
-        hf.set_attn_implementation(usual)
+    attentions = torch.stack(hf(tokens, output_attentions=True).attentions, dim=1)
+    hf.set_attn_implementation(usual)
     close = {"atol": 1e-4, "rtol": 1e-3}
     torch.testing.assert_close(attention_patterns(model, tokens), attentions, **close)
     induction = score_heads(model, tokens, induction_score, seq_len=5)
     torch.testing.assert_close(induction, induction_score(attentions, 5), **close)
     matching = score_heads(model, tokens, prefix_matching_score)
     torch.testing.assert_close(matching, prefix_matching_score(attentions, tokens), **close)
-
-
-def test_scoring_leaves_no_hook(random_gpt2):
-    score_heads(random_gpt2, repeated_tokens(random_gpt2, 2, 4), previous_token_score)
-    assert not any(point.fwd_hooks for point in random_gpt2.hook_dict.values())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def test_top_heads_sorts_and_cuts():
@@ -141,9 +119,13 @@ def test_heads_print_as_layer_and_head():
 
 def test_key_value_heads_are_those_the_query_heads_read(smollm2, random_gpt2):
     assert [key_value_head(smollm2, (4, h)).head for h in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [key_value_head(random_gpt2, h) for h in all_heads(random_gpt2)] == all_heads(
-        random_gpt2
-    )
+    every = all_heads(random_gpt2)
+    assert [key_value_head(random_gpt2, head) for head in every] == every
+
+
+PATTERN = torch.ones(1, 1, 4, 4)
+ONE_AXIS = r"scores must be .*layer head.*got float32 of shape \[4\]"
+POS_MISFIT = r"tokens must be .*where .*pos=4; got int64 of shape \[1, 5\]"
 
 
 @pytest.mark.parametrize(
@@ -157,18 +139,9 @@ def test_key_value_heads_are_those_the_query_heads_read(smollm2, random_gpt2):
         (lambda m: induction_score(torch.ones(9, 9), 5), "9 positions is not a start token"),
         (lambda m: duplicate_token_score(torch.ones(6, 6), 5), "two or more copies"),
         (lambda m: induction_score(torch.ones(9, 9), 1), "at least 2"),
-        (
-            lambda m: prefix_matching_score(torch.ones(2, 3, 4, 4), torch.ones(2, 5).long()),
-            r"tokens must be .*where .*pos=4; got int64 of shape \[2, 5\]",
-        ),
-        (
-            lambda m: prefix_matching_score(torch.ones(1, 1, 4, 4), torch.arange(4)[None]),
-            "no repeated token",
-        ),
-        (
-            lambda m: top_heads(torch.ones(4), k=1),
-            r"scores must be .*layer head.*got float32 of shape \[4\]",
-        ),
+        (lambda m: prefix_matching_score(PATTERN, torch.ones(1, 5).long()), POS_MISFIT),
+        (lambda m: prefix_matching_score(PATTERN, torch.arange(4)[None]), "no repeated token"),
+        (lambda m: top_heads(PATTERN[0, 0, 0], k=1), ONE_AXIS),
         (lambda m: top_heads(torch.ones(2, 2)), "give k, threshold or both"),
         (lambda m: top_heads(torch.ones(2, 2), k=5), "k must be between 1 and 4, got 5"),
         (lambda m: score_heads(m, torch.ones(0, 4).long(), previous_token_score), "empty"),

@@ -5,23 +5,9 @@ import statistics
 
 import pytest
 import torch
+from torch import ones, rand
 
 from utils import metrics
-from utils.metrics import (
-    Estimate,
-    accuracy,
-    answer_probability,
-    answer_rank,
-    correlation,
-    estimate,
-    half_losses,
-    icl_score,
-    last_position_hooks,
-    logit_diff,
-    normalised_effect,
-    per_token_loss,
-    token_batches,
-)
 from utils.prompts import repeated_tokens
 
 
@@ -31,28 +17,29 @@ def test_per_token_loss_equals_hugging_face(model_pair):
     tokens = repeated_tokens(model, 3, 6)
     log_probs = hf(tokens).logits.log_softmax(-1)
     want = [[-log_probs[p, i, tokens[p, i + 1]].item() for i in range(12)] for p in range(3)]
-    torch.testing.assert_close(per_token_loss(model, tokens), torch.tensor(want), atol=2e-4, rtol=0)
+    loss = metrics.per_token_loss(model, tokens)
+    torch.testing.assert_close(loss, torch.tensor(want), atol=2e-4, rtol=0)
 
 
 def test_per_token_loss_is_the_same_in_small_batches(random_gpt2, monkeypatch):
     tokens = repeated_tokens(random_gpt2, 5, 6)
-    whole = per_token_loss(random_gpt2, tokens)
+    whole = metrics.per_token_loss(random_gpt2, tokens)
     monkeypatch.setattr(metrics, "MAX_LOGITS", 2 * 13 * random_gpt2.cfg.d_vocab)
-    assert [len(batch) for batch in token_batches(random_gpt2, tokens)] == [2, 2, 1]
-    torch.testing.assert_close(per_token_loss(random_gpt2, tokens), whole)
+    assert [len(batch) for batch in metrics.token_batches(random_gpt2, tokens)] == [2, 2, 1]
+    torch.testing.assert_close(metrics.per_token_loss(random_gpt2, tokens), whole)
 
 
 def test_last_position_hooks_leave_the_last_logits_alone(model_pair):
     model, _ = model_pair
     tokens = repeated_tokens(model, 2, 5)
-    last = model.run_with_hooks(tokens, fwd_hooks=last_position_hooks())
+    last = model.run_with_hooks(tokens, fwd_hooks=metrics.last_position_hooks())
     assert last.shape[1] == 1
     torch.testing.assert_close(last[:, 0], model(tokens)[:, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_half_losses_leave_out_the_token_nothing_announces():
     loss = torch.rand(3, 10)  # start token and two copies of 5: column i is about token i + 1
-    first, second = half_losses(loss, seq_len=5)
+    first, second = metrics.half_losses(loss, seq_len=5)
     for p, row in enumerate(loss.tolist()):
         assert first[p].item() == pytest.approx(sum(row[i] for i in (0, 1, 2, 3, 4)) / 5)
         assert second[p].item() == pytest.approx(sum(row[i] for i in (6, 7, 8, 9)) / 4)
@@ -61,13 +48,10 @@ def test_half_losses_leave_out_the_token_nothing_announces():
 @pytest.mark.parametrize("window", [0, 2])
 def test_icl_score_counts_positions_of_the_predicted_token(window):
     loss = torch.rand(2, 30)
-    score = icl_score(loss, early=5, late=20, window=window)
-    for p in range(2):
-        of_token = {i + 1: loss[p, i].item() for i in range(30)}
-        early, late = (
-            statistics.mean(of_token[t] for t in range(at - window, at + window + 1))
-            for at in (5, 20)
-        )
+    score = metrics.icl_score(loss, early=5, late=20, window=window)
+    near = range(-window, window + 1)
+    for p, row in enumerate(loss.tolist()):  # column i is about token i + 1
+        early, late = (statistics.mean(row[at + i - 1] for i in near) for at in (5, 20))
         assert score[p].item() == pytest.approx(late - early, abs=1e-6)
 
 
@@ -75,7 +59,7 @@ def test_logit_diff_reads_the_last_position():
     logits = torch.rand(3, 4, 10)
     answers = torch.tensor([[1, 2], [3, 4], [9, 0]])
     want = [logits[p, 3, r].item() - logits[p, 3, w].item() for p, (r, w) in enumerate(answers)]
-    assert logit_diff(logits, answers).tolist() == pytest.approx(want)
+    assert metrics.logit_diff(logits, answers).tolist() == pytest.approx(want)
 
 
 @torch.no_grad()
@@ -88,105 +72,91 @@ def test_probability_rank_and_accuracy_equal_sorting_hugging_face_logits(model_p
     logits = model(tokens)
     for p, (right, wrong) in enumerate(answers.tolist()):
         spread = [math.exp(v) for v in (rows[p] - rows[p].max()).tolist()]
-        want = spread[right] / sum(spread)
-        assert answer_probability(logits, answers)[p].item() == pytest.approx(want, rel=1e-3)
-        assert answer_rank(logits, answers)[p] == 1 + order[p].tolist().index(right)
-        ahead = order[p].tolist().index(right) < order[p].tolist().index(wrong)
-        assert accuracy(logits, answers)[p] == float(ahead)
+        probability = metrics.answer_probability(logits, answers)[p].item()
+        assert probability == pytest.approx(spread[right] / sum(spread), rel=1e-3)
+        places = [order[p].tolist().index(answer) for answer in (right, wrong)]
+        assert metrics.answer_rank(logits, answers)[p] == 1 + places[0]
+        assert metrics.accuracy(logits, answers)[p] == float(places[0] < places[1])
 
 
 def test_rank_and_accuracy_count_ties():
     logits = torch.tensor([[[9.0, 9.0, 9.0], [2.0, 2.0, 1.0]]])
     answers = torch.tensor([[1, 0]])
-    assert answer_rank(logits, answers).tolist() == [1]
-    assert accuracy(logits, answers).tolist() == [0.0]
+    assert metrics.answer_rank(logits, answers).tolist() == [1]
+    assert metrics.accuracy(logits, answers).tolist() == [0.0]
 
 
 def test_correlation_equals_the_statistics_module():
     x, y = torch.rand(9), torch.rand(9)
     want = statistics.correlation(x.tolist(), y.tolist())
-    assert correlation(x, y) == pytest.approx(want, abs=1e-6)
-    assert correlation(x, 3 - 2 * x) == pytest.approx(-1)
+    assert metrics.correlation(x, y) == pytest.approx(want, abs=1e-6)
+    assert metrics.correlation(x, 3 - 2 * x) == pytest.approx(-1)
 
 
 def test_normalised_effect_is_zero_for_corrupted_and_one_for_clean_on_average():
     clean, corrupted = torch.tensor([4.0, 2.0]), torch.tensor([-1.0, 1.0])
     patched = torch.stack([corrupted, clean, (clean + corrupted) / 2], dim=1)
-    effect = normalised_effect(patched, clean, corrupted)
+    effect = metrics.normalised_effect(patched, clean, corrupted)
     assert effect.mean(0).tolist() == pytest.approx([0, 1, 0.5])
     assert effect[:, 1].tolist() == pytest.approx([5 / 3, 1 / 3])
 
 
 def test_estimate_equals_the_statistics_module():
     values = [0.3, 1.7, 2.2, 5.0]
-    got = estimate(torch.tensor(values))
-    assert got.mean == pytest.approx(statistics.mean(values))
-    assert got.stderr == pytest.approx(statistics.stdev(values) / 2)
-    assert got.n == 4
-    assert math.isnan(estimate(torch.tensor([1.0])).stderr)
+    got = metrics.estimate(torch.tensor(values))
+    assert got == pytest.approx((statistics.mean(values), statistics.stdev(values) / 2, 4))
+    assert math.isnan(metrics.estimate(torch.tensor([1.0])).stderr)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("mean", "stderr", "text"),
     [
-        (Estimate(0.834, 0.021, 5), "0.83 ± 0.02"),
-        (Estimate(0.8342, 0.0021, 5), "0.834 ± 0.002"),
-        (Estimate(12.3, 1.5, 5), "12.30 ± 1.50"),
-        (Estimate(1.0, 0.0, 5), "1.00 ± 0.00"),
-        (Estimate(1.0, math.nan, 1), "1.00"),
+        (0.834, 0.021, "0.83 ± 0.02"),
+        (0.8342, 0.0021, "0.834 ± 0.002"),
+        (12.3, 1.5, "12.30 ± 1.50"),
+        (1.0, 0.0, "1.00 ± 0.00"),
+        (1.0, math.nan, "1.00"),
     ],
 )
-def test_estimates_print_as_many_digits_as_the_error_allows(value, text):
-    assert str(value) == text
+def test_estimates_print_as_many_digits_as_the_error_allows(mean, stderr, text):
+    assert str(metrics.Estimate(mean, stderr, 5)) == text
+
+
+LONG, LOGITS, ANSWERS = torch.ones(2, 60), torch.ones(2, 3, 9), torch.ones(2, 2).long()
+MISFIT = r"answers must be .*prompt=2.*\[3, 2\]"
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("metric", "arguments", "message"),
     [
-        (lambda: estimate(torch.tensor([])), "values is empty"),
-        (lambda: estimate(torch.ones(2, 2)), r"values must be .*shape \[2, 2\]"),
-        (lambda: half_losses(torch.ones(4), 2), r"loss must be .*prompt column.*shape \[4\]"),
-        (lambda: half_losses(torch.ones(2, 9), 5), "at least 10 columns, got 9"),
-        (lambda: half_losses(torch.ones(2, 9), 1), "needs 2 or more tokens"),
-        (lambda: icl_score(torch.ones(600)), r"loss must be .*prompt column.*shape \[600\]"),
-        (lambda: icl_score(torch.ones(2, 505)), "50 and 500 with window 10 .* within 1..505"),
-        (lambda: icl_score(torch.ones(2, 60), 5, 50, 5), "5 and 50 with window 5"),
-        (lambda: icl_score(torch.ones(2, 60), 50, 5, 0), "must be in order"),
-        (
-            lambda: logit_diff(torch.ones(2, 9), torch.ones(2, 2).long()),
-            "logits must be .*prompt pos vocab",
-        ),
-        (
-            lambda: logit_diff(torch.ones(2, 3, 9), torch.ones(2).long()),
-            r"answers must be .*prompt=2.*shape \[2\]",
-        ),
-        *(
-            (
-                lambda f=f: f(torch.ones(2, 3, 9), torch.ones(3, 2).long()),
-                r"answers must be .*prompt=2.*\[3, 2\]",
-            )
-            for f in (accuracy, answer_probability, answer_rank)
-        ),
-        (lambda: correlation(torch.rand(3), torch.rand(4)), "y must be .*n=3.*"),
-        (lambda: correlation(torch.rand(2, 2), torch.rand(2, 2)), "x must be"),
-        (lambda: correlation(torch.ones(4), torch.rand(4)), "x must vary, got 4 values all"),
-        (lambda: correlation(torch.rand(4), torch.zeros(4)), "y must vary, got 4 values all"),
-        (lambda: correlation(torch.rand(0), torch.rand(0)), "x must vary, got 0 values"),
-        (
-            lambda: normalised_effect(torch.ones(3, 4), torch.ones(2), torch.zeros(2)),
-            r"clean must be .*prompt=3.*shape \[2\]",
-        ),
-        (
-            lambda: normalised_effect(torch.ones(2, 4), torch.ones(2), torch.ones(2)),
-            "no effect to restore",
-        ),
+        ("estimate", [ones(0)], "values is empty"),
+        ("estimate", [ones(2, 2)], r"values must be .*shape \[2, 2\]"),
+        ("half_losses", [ones(4), 2], r"loss must be .*prompt column.*shape \[4\]"),
+        ("half_losses", [ones(2, 9), 5], "at least 10 columns, got 9"),
+        ("half_losses", [ones(2, 9), 1], "needs 2 or more tokens"),
+        ("icl_score", [ones(600)], r"loss must be .*prompt column.*shape \[600\]"),
+        ("icl_score", [ones(2, 505)], "50 and 500 with window 10 .* within 1..505"),
+        ("icl_score", [LONG, 5, 50, 5], "5 and 50 with window 5"),
+        ("icl_score", [LONG, 50, 5, 0], "must be in order"),
+        ("logit_diff", [LOGITS[0], ANSWERS], "logits must be .*prompt pos vocab"),
+        ("logit_diff", [LOGITS, ANSWERS[0]], r"answers must be .*prompt=2.*shape \[2\]"),
+        ("accuracy", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
+        ("answer_probability", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
+        ("answer_rank", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
+        ("correlation", [rand(3), rand(4)], "y must be .*n=3.*"),
+        ("correlation", [rand(2, 2), rand(2, 2)], "x must be"),
+        ("correlation", [ones(4), rand(4)], "x must vary, got 4 values all"),
+        ("correlation", [rand(4), 0 * ones(4)], "y must vary, got 4 values all"),
+        ("correlation", [ones(0), ones(0)], "x must vary, got 0 values"),
+        ("normalised_effect", [ones(3, 4), ones(2), ones(2)], r"clean must be .*prompt=3.*\[2\]"),
+        ("normalised_effect", [ones(2, 4), ones(2), ones(2)], "no effect to restore"),
     ],
 )
-def test_bad_input_is_named(call, message):
+def test_bad_input_is_named(metric, arguments, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        getattr(metrics, metric)(*arguments)
 
 
 def test_per_token_loss_refuses_text_past_the_context(random_gpt2):
     with pytest.raises(ValueError, match="tokens of 257 tokens exceed the context of 256"):
-        per_token_loss(random_gpt2, torch.ones(1, 257).long())
+        metrics.per_token_loss(random_gpt2, torch.ones(1, 257).long())
