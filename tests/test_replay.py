@@ -73,7 +73,8 @@ def every_sweep(model):
     circuit = {"s_inhibition": [(0, 1), (0, 2)], "name_mover": [(1, 2), (top, 0)]}
     means = c.means_run(prompts, c.abc_means(model, prompts))
     found["circuit"] = c.run_circuit(model, prompts, means, c.nodes(circuit))
-    found["knock-out"] = c.run_knockout(model, prompts, means, c.nodes(circuit))
+    removed = c.knock_out(model, prompts, means, c.nodes(circuit))
+    found["knock-out"] = c.logit_diffs(model, prompts, [removed])[0]
     found["completeness"] = c.completeness(model, prompts, means, circuit)
     return found | {"minimality": c.minimality(model, prompts, means, circuit)}
 

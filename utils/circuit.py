@@ -182,13 +182,6 @@ def run_circuit(
     return logit_diffs(model, prompts, [[]], base=outside(model, prompts, means, kept))[0]
 
 
-def run_knockout(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, removed: Set[Node]
-) -> Float[Tensor, "prompt"]:
-    """F(M - K): the logit difference of the full model with the nodes `removed` mean-ablated."""
-    return logit_diffs(model, prompts, [knock_out(model, prompts, means, removed)])[0]
-
-
 @checked
 def faithfulness(
     f_circuit: Float[Tensor, "prompt"], f_model: Float[Tensor, "prompt"]
