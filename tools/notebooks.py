@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             for path in paths:
                 notebook_run.run(path)
             return 0
+        sys.path += [str(project) for project in ROOT.glob("project-*")]  # their exercises
         from tools import notebook_outputs  # imports torch, which takes seconds: `run` need not
 
         if options.command == "outputs":
