@@ -53,7 +53,7 @@ class HuggingFace:
 
     def __init__(self, hf, tokens, answers):
         self.hf, self.tokens, self.gpt2 = hf, tokens, hasattr(hf, "transformer")
-        self.norm = hf.transformer.ln_f if self.gpt2 else hf.model.norm
+        self.norm = references.final_norm(hf)
         self.unembed = hf.lm_head.weight - hf.lm_head.weight.mean(0)
         self.directions = self.unembed[answers[:, 0]] - self.unembed[answers[:, 1]]
         self.bias = (self.norm.bias * self.directions).sum(-1) if self.gpt2 else torch.zeros(3)
