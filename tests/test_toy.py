@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from utils import toy
 from utils.ablation import mean_run
 from utils.edits import heads_from, hooks, record
 from utils.heads import Head
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def parameters(model):
@@ -22,9 +25,7 @@ def randomise(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters(model).items():
         centre = 1.0 if "ln" in name and name.endswith("weight") else 0.0
-        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(centre + noise)
+        parameter.data = centre + 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -66,23 +67,13 @@ def forward(model, tokens, n_layers, edit=lambda layer, name, x, resid, zs: x):
     return norm(w, "ln_out", x) @ w["head.weight"].T, patterns
 
 
-def smear_by_loop(alpha):
-    def edit(layer, name, x, resid, zs):
-        if layer > 0 or name != "k":
-            return x
-        mixed = x.clone()
-        for head in range(x.shape[1]):
-            s = 1 / (1 + math.exp(-float(alpha[head])))
-            for pos in range(1, x.shape[2]):
-                mixed[:, head, pos] = s * x[:, head, pos] + (1 - s) * x[:, head, pos - 1]
-        return mixed
-
-    return edit
+def some_batch(seed, n_sequences=300):
+    return toy.toy_batch(torch.Generator().manual_seed(seed), n_sequences)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    return toy.toy_batch(torch.Generator().manual_seed(3), n_sequences=5)
+    return some_batch(3, n_sequences=5)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +87,7 @@ def smallest_period(body):
 
 
 def test_batch_repeats_a_random_segment():
-    rows = toy.toy_batch(torch.Generator().manual_seed(0), n_sequences=300).tolist()
-    again, other = (toy.toy_batch(torch.Generator().manual_seed(s), 300).tolist() for s in (0, 1))
+    rows, again, other = (some_batch(seed).tolist() for seed in (0, 0, 1))
     assert rows == again and rows != other
     periods = [smallest_period(row[1:]) for row in rows]
     assert {len(row) for row in rows} == {toy.CONTEXT}
@@ -113,8 +103,7 @@ def test_batch_repeats_a_random_segment():
 @torch.no_grad()
 def test_plain_toy_is_a_plain_transformer(n_layers, batch):
     model = randomise(toy.build_toy(n_layers))
-    wanted = forward(model, batch, n_layers)[0]
-    torch.testing.assert_close(model(batch), wanted, rtol=1e-4, atol=1e-4)
+    assert_close(model(batch), forward(model, batch, n_layers)[0], **CLOSE)
 
 
 @torch.no_grad()
@@ -122,17 +111,24 @@ def test_smeared_keys_equal_plain_pytorch(batch):
     model = randomise(toy.build_toy(2, smeared=True))
     alpha = torch.tensor([-2.0, 0.0, 0.7, 3.0])
     model.original_model.smear_alpha.copy_(alpha)
-    logits, patterns = forward(model, batch, 2, smear_by_loop(alpha))
-    torch.testing.assert_close(model(batch), logits, rtol=1e-4, atol=1e-4)
+
+    def smear(layer, name, x, resid, zs):
+        mixed = x.clone()
+        for head in range(4 if (layer, name) == (0, "k") else 0):
+            s = 1 / (1 + math.exp(-alpha[head]))
+            for pos in range(1, x.shape[2]):
+                mixed[:, head, pos] = s * x[:, head, pos] + (1 - s) * x[:, head, pos - 1]
+        return mixed
+
+    logits, patterns = forward(model, batch, 2, smear)
+    assert_close(model(batch), logits, **CLOSE)
     # analysis sees the smeared model, also after hooks were reset and in compatibility mode
     model.reset_hooks()
     model.enable_compatibility_mode()
     _, cache = model.run_with_cache(batch)
     for layer in range(2):
-        torch.testing.assert_close(cache["pattern", layer], patterns[layer], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        model(batch).log_softmax(-1), logits.log_softmax(-1), rtol=1e-4, atol=1e-4
-    )
+        assert_close(cache["pattern", layer], patterns[layer], rtol=1e-4, atol=1e-5)
+    assert_close(model(batch).log_softmax(-1), logits.log_softmax(-1), **CLOSE)
 
 
 def test_only_the_mix_is_new_in_a_smeared_toy():
@@ -155,10 +151,8 @@ def test_training_lowers_the_loss_and_follows_from_the_seed(short_run):
 @torch.no_grad()
 def test_snapshots_equal_loops_over_prompts(short_run):
     tokens, n = short_run.tokens, toy.LONGEST
-    w = short_run.model
-    logits, cache = w.run_with_cache(tokens)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    loss = loss.reshape(len(tokens), -1)
+    logits, cache = short_run.model.run_with_cache(tokens)
+    loss = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
     # column i is about token i + 1; the second copy starts at token n + 1
     second = sum(loss[:, i] for i in range(n + 1, 2 * n)) / (n - 1)
     middle = [sum(loss[:, i - 1] for i in range(c - 5, c + 6)) / 11 for c in (12, 12 + n)]
@@ -167,11 +161,10 @@ def test_snapshots_equal_loops_over_prompts(short_run):
     assert short_run.icl_score[-1] == pytest.approx((middle[1] - middle[0]).mean().item(), abs=1e-4)
     pattern = cache["pattern", 0].mean(0)  # all prompts repeat at the same positions
     for head in range(4):
-        induction = [pattern[head, dest, dest - n + 1] for dest in range(n + 1, 2 * n + 1)]
-        previous = [pattern[head, dest, dest - 1] for dest in range(1, n + 1)]
-        measured = short_run.prefix_matching[-1, 0, head], short_run.previous_token[-1, 0, head]
-        assert measured[0] == pytest.approx(float(sum(induction)) / n, abs=1e-5)
-        assert measured[1] == pytest.approx(float(sum(previous)) / n, abs=1e-5)
+        induction = sum(pattern[head, dest, dest - n + 1] for dest in range(n + 1, 2 * n + 1)) / n
+        previous = sum(pattern[head, dest, dest - 1] for dest in range(1, n + 1)) / n
+        assert short_run.prefix_matching[-1, 0, head] == pytest.approx(float(induction), abs=1e-5)
+        assert short_run.previous_token[-1, 0, head] == pytest.approx(float(previous), abs=1e-5)
 
 
 def test_sharpest_drop_is_the_steepest_stretch():
@@ -179,13 +172,10 @@ def test_sharpest_drop_is_the_steepest_stretch():
     for window in (1, 2, 5):
         steps = torch.randint(1, 30, (20,), generator=generator).cumsum(0)
         loss = torch.rand(20, generator=generator)
-        falls = {
-            (steps[i] + steps[i + window]).item() / 2: float(
-                (loss[i] - loss[i + window]) / (steps[i + window] - steps[i])
-            )
-            for i in range(20 - window)
-        }
-        assert toy.sharpest_drop(steps, loss, window) == max(falls, key=falls.get)
+        pairs = [(i, i + window) for i in range(20 - window)]
+        falls = [((loss[i] - loss[j]) / (steps[j] - steps[i]), i, j) for i, j in pairs]
+        _, i, j = max(falls)
+        assert toy.sharpest_drop(steps, loss, window) == (steps[i] + steps[j]).item() / 2
 
 
 def test_share_formed_of_known_curves():
@@ -212,22 +202,17 @@ def test_cut_path_equals_plain_pytorch(site, batch):
         for _, head in writers:
             z[:, head] = z[:, head].mean(0, keepdim=True)
         less = resid - write(w, 0, zs[0]) + write(w, 0, z)
-        x = x.clone()
         edited = project(w, f"layers.1.attn.{name}", norm(w, "layers.1.ln1", less))
-        x[:, reader.head] = edited[:, reader.head]
-        return x
+        return torch.where(torch.arange(4)[:, None, None] == reader.head, edited, x)
 
-    wanted, patterns = forward(model, batch, 2, cut)
-    clean = forward(model, batch, 2)[0]
+    (wanted, patterns), (clean, _) = forward(model, batch, 2, cut), forward(model, batch, 2)
     model.enable_compatibility_mode()
-    seen = {}
-    keep = ("blocks.1.attn.hook_pattern", lambda p, hook: seen.update(pattern=p.clone()))
     without = record(model, batch, [site], heads_from(model, writers, mean_run(model, batch)))
-    edits = heads_from(model, [reader], without, site)
-    logits = model.run_with_hooks(batch, fwd_hooks=[*hooks(edits), keep])
+    with model.hooks(fwd_hooks=hooks(heads_from(model, [reader], without, site))):
+        logits, cache = model.run_with_cache(batch)
     got, wanted, clean = (x.log_softmax(-1) for x in (logits, wanted, clean))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen["pattern"], patterns[1], rtol=1e-4, atol=1e-5)
+    assert_close(got, wanted, **CLOSE)
+    assert_close(cache["pattern", 1], patterns[1], rtol=1e-4, atol=1e-5)
     assert (got - clean).abs().max() > 0.01
 
 
