@@ -22,6 +22,11 @@ from utils.weights import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+@pytest.fixture(params=["smollm2", "random_gpt2", "toy2"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
 def shared_head(model, head):
     """The key/value head of a query head, found by listing the groups."""
     n_kv = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
@@ -38,9 +43,7 @@ def qk_matrix(model, layer, head):
     return attn.W_Q[head] @ attn.W_K[shared_head(model, head)].T
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_copying_score_equals_a_loop_over_attended_tokens(request, name):
-    model = request.getfixturevalue(name)
+def test_copying_score_equals_a_loop_over_attended_tokens(model):
     tokens = repeated_tokens(model, 2, 6, n_repeats=1)
     scores = copying_score(model, tokens)
     assert scores.shape == (2, model.cfg.n_layers, model.cfg.n_heads)
@@ -52,10 +55,9 @@ def test_copying_score_equals_a_loop_over_attended_tokens(request, name):
             value = cache["v", layer][prompt, src, head // group]
             logits = value @ model.W_O[layer, head] @ model.W_U
             raised = (logits - logits.mean()).relu()
-            for dest in range(1, 7):
-                weight = cache["pattern", layer][prompt, head, dest, src]
-                own += weight * raised[tokens[prompt, src]]
-                total += weight * raised[tokens[prompt, 1:]].sum()
+            attended = cache["pattern", layer][prompt, head, 1:, src].sum()
+            own += attended * raised[tokens[prompt, src]]
+            total += attended * raised[tokens[prompt, 1:]].sum()
         want = (2 * own / total - 1).item()
         assert scores[prompt, layer, head].item() == pytest.approx(want, abs=1e-3)
 
@@ -73,26 +75,21 @@ def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
     assert copying_score(toy, tokens)[0, 1, 0] < -0.95
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_eigenvalue_score_equals_the_full_matrix(request, name):
-    model = request.getfixturevalue(name)
+def test_eigenvalue_score_equals_the_full_matrix(model):
     heads = [(0, 0), (1, 3), (model.cfg.n_layers - 1, 1)]
     scores, every = eigenvalue_copying_score(model, heads), eigenvalue_copying_score(model)
     assert every.shape == (model.cfg.n_layers, model.cfg.n_heads)
     for score, (layer, head) in zip(scores.tolist(), heads, strict=True):
-        ov = ov_matrix(model, layer, head).double()
-        if model.cfg.d_vocab < 1000:  # token by token, as defined
-            full = model.W_E.double() @ ov @ model.W_U.double()
-        else:
-            full = ov @ (model.W_U @ model.W_E).double()
+        ov, w_e, w_u = (w.double() for w in (ov_matrix(model, layer, head), model.W_E, model.W_U))
+        token_by_token = model.cfg.d_vocab < 1000  # as defined
+        full = w_e @ ov @ w_u if token_by_token else ov @ (w_u @ w_e)
         eigenvalues = torch.linalg.eigvals(full)
         want = (eigenvalues.sum() / eigenvalues.abs().sum()).real.item()
         assert (score, every[layer, head].item()) == pytest.approx((want, want), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "toy2"])
-def test_own_logit_largest_equals_a_loop(request, name):
-    model = request.getfixturevalue(name)
+@pytest.mark.parametrize("model", ["smollm2", "toy2"], indirect=True)
+def test_own_logit_largest_equals_a_loop(model):
     heads = top_heads(eigenvalue_copying_score(model), k=3)
     largest = own_logit_largest(model, heads, n_tokens=20, seed=3)
     assert largest.shape == (20, 3)
@@ -179,21 +176,16 @@ def test_a_head_that_copies_scores_one_by_name_and_one_that_writes_nothing_zero(
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_composition_equals_the_full_matrices(request, name, kind):
-    model = request.getfixturevalue(name)
+def test_composition_equals_the_full_matrices(model, kind):
     last = model.cfg.n_layers - 1
     writers, readers = [(0, 1), (last - 1, 0), (0, 3)], [(last, 2), (last, 3)]
     scores = composition_scores(model, kind, writers, readers)
     assert scores.shape == (3, 2)
-    for i, writer in enumerate(writers):
-        for j, reader in enumerate(readers):
+    for j, reader in enumerate(readers):
+        qk = qk_matrix(model, *reader)
+        reads = {"Q": qk, "K": qk.T, "V": ov_matrix(model, *reader)}[kind]
+        for i, writer in enumerate(writers):
             writes = ov_matrix(model, *writer)
-            reads = {
-                "Q": qk_matrix(model, *reader),
-                "K": qk_matrix(model, *reader).T,
-                "V": ov_matrix(model, *reader),
-            }[kind]
             want = (writes @ reads).norm() / writes.norm() / reads.norm()
             assert scores[i, j].item() == pytest.approx(want.item(), rel=1e-3)
 
