@@ -46,6 +46,10 @@ def value_bias(hf, layer):
     return bias[2 * width :].reshape(hf.config.num_attention_heads, -1)
 
 
+def final_norm(hf):
+    return hf.transformer.ln_f if hasattr(hf, "transformer") else hf.model.norm
+
+
 def out_weight(hf, layer):
     """W_O of a layer: [head d_head d_model]."""
     attn = attention(blocks(hf)[layer])

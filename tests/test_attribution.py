@@ -4,6 +4,7 @@ import pytest
 import references
 import torch
 from einops import einsum, rearrange
+from torch.testing import assert_close
 from transformer_lens.tools import analysis
 
 from utils import attribution
@@ -31,12 +32,7 @@ def toy():
 
 # LayerNorm and biases; attention and MLP in parallel; grouped keys and values; attention only:
 # with the places in a layer that the logit lens can stop at
-STAGES = {
-    "random_gpt2": ["pre", "mid"],
-    "neox": ["pre"],
-    "llama": ["pre", "mid"],
-    "toy": ["pre"],
-}
+STAGES = {"random_gpt2": ["pre", "mid"], "neox": ["pre"], "llama": ["pre", "mid"], "toy": ["pre"]}
 
 
 def make_task(model):
@@ -53,7 +49,7 @@ class HuggingFace:
 
     def __init__(self, hf, tokens, answers):
         self.hf, self.tokens, self.gpt2 = hf, tokens, hasattr(hf, "transformer")
-        self.norm = hf.transformer.ln_f if self.gpt2 else hf.model.norm
+        self.norm = references.final_norm(hf)
         self.unembed = hf.lm_head.weight - hf.lm_head.weight.mean(0)
         self.directions = self.unembed[answers[:, 0]] - self.unembed[answers[:, 1]]
         self.bias = (self.norm.bias * self.directions).sum(-1) if self.gpt2 else torch.zeros(3)
@@ -77,49 +73,48 @@ class HuggingFace:
 
 @pytest.fixture
 def run(model_pair):
-    """Prompts and answers, and what the untouched model makes of them."""
+    """A model, prompts and answers, and what the untouched model makes of them."""
     tokens, _, answers = make_task(model_pair[0])
-    return tokens, answers, HuggingFace(model_pair[1], tokens, answers)
+    return model_pair[0], tokens, answers, HuggingFace(model_pair[1], tokens, answers)
 
 
-def test_components_equal_hugging_face_hooks(model_pair, run):
-    tokens, answers, hf = run
-    body = hf.hf.transformer if hf.gpt2 else hf.hf.model
-    parts = [body.wte(tokens[:, -1])] if hf.gpt2 else [body.embed_tokens(tokens[:, -1])]
-    parts += [body.wpe.weight[11].expand(3, -1)] if hf.gpt2 else []
+def test_components_equal_hugging_face_hooks(run):
+    model, tokens, answers, hf = run
+    parts = [hf.hf.get_input_embeddings()(tokens[:, -1])]
+    parts += [hf.hf.transformer.wpe.weight[11].expand(3, -1)] if hf.gpt2 else []
     labels = ["embed", "pos_embed"][: len(parts)]
     attn, mlp = hf.at("attn_out"), hf.at("mlp_out")
     for layer in range(attn.shape[1]):
         parts += [attn[:, layer], mlp[:, layer]]
         labels += [f"{layer}_attn_out", f"{layer}_mlp_out"]
     want = torch.cat([hf.read(torch.stack(parts, dim=1)), hf.bias[:, None]], dim=1)
-    result = direct_logit_attribution(model_pair[0], tokens, answers)
+    result = direct_logit_attribution(model, tokens, answers)
     assert result.labels == [*labels, "b_U"]
-    torch.testing.assert_close(result.values, want, **CLOSE)
+    assert_close(result.values, want, **CLOSE)
     logits = hf.hf(tokens).logits
-    torch.testing.assert_close(result.values.sum(1), logit_diff(logits, answers), **CLOSE)
+    assert_close(result.values.sum(1), logit_diff(logits, answers), **CLOSE)
 
 
-def test_heads_equal_hugging_face_hooks(model_pair, run):
-    (model, _), (tokens, answers, hf) = model_pair, run
+def test_heads_equal_hugging_face_hooks(run):
+    model, tokens, answers, hf = run
     weights = [references.out_weight(hf.hf, layer) for layer in range(model.cfg.n_layers)]
     written = einsum(hf.at("z"), torch.stack(weights), "p l h d_head, l h d_head d -> p l h d")
     result = head_attribution(model, tokens, answers)
-    torch.testing.assert_close(result, hf.read(written), **CLOSE)
+    assert_close(result, hf.read(written), **CLOSE)
     # one by one, of some heads
     targets = torch.cat([answers, tokens[:, 1:2]], dim=1)
     result = head_projections(model, tokens, [(2, 1), (0, 3)], targets)
     some = written[:, [2, 0], [1, 3]]
     want = torch.stack([hf.read(some, hf.unembed[target]) for target in targets.T], dim=1)
-    torch.testing.assert_close(result, want, **CLOSE)
+    assert_close(result, want, **CLOSE)
 
 
-def test_logit_lens_equals_hugging_face_hidden_states(model_pair, run):
-    tokens, answers, hf = run
+def test_logit_lens_equals_hugging_face_hidden_states(run):
+    model, tokens, answers, hf = run
     before = hf.at("resid_pre")
     stages = rearrange([before, before + hf.at("attn_out")], "two p layer d -> p (layer two) d")
-    _, values = logit_lens(model_pair[0], tokens, answers)
-    torch.testing.assert_close(values[:, :-1], hf.read(stages) + hf.bias[:, None], **CLOSE)
+    _, values = logit_lens(model, tokens, answers)
+    assert_close(values[:, :-1], hf.read(stages) + hf.bias[:, None], **CLOSE)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -129,11 +124,11 @@ def test_the_parts_add_up(request, name):
     want = logit_diff(model(tokens), answers)
     assert want.abs().max() > 1e-2
     labels, values = direct_logit_attribution(model, tokens, answers)
-    torch.testing.assert_close(values.sum(1), want, **CLOSE)
+    assert_close(values.sum(1), want, **CLOSE)
     lens = logit_lens(model, tokens, answers)
     stages = [f"{layer}_{stage}" for layer in range(model.cfg.n_layers) for stage in STAGES[name]]
     assert lens.labels == [*stages, "final_post"]
-    torch.testing.assert_close(lens.values[:, -1], want, **CLOSE)
+    assert_close(lens.values[:, -1], want, **CLOSE)
     # a layer's heads and its bias are its attention output
     cache = model.run_with_cache(tokens)[1]
     directions = (model.W_U[:, answers[:, 0]] - model.W_U[:, answers[:, 1]]).T
@@ -142,7 +137,7 @@ def test_the_parts_add_up(request, name):
         want = values[:, labels.index(f"{layer}_attn_out")]
         bias = torch.zeros(()) if block.attn.b_O is None else block.attn.b_O
         bias = (bias - bias.mean()) / cache["ln_final.hook_scale"][:, -1]
-        torch.testing.assert_close(heads[:, layer] + (bias * directions).sum(-1), want, **CLOSE)
+        assert_close(heads[:, layer] + (bias * directions).sum(-1), want, **CLOSE)
 
 
 def test_attention_between_places_equals_a_loop():
@@ -150,22 +145,21 @@ def test_attention_between_places_equals_a_loop():
     places = [(9, 1), (4, 4), (7, 2)]
     result = attention_at(patterns, heads, *torch.tensor(places).T)
     want = [[patterns[(i, *head, *at)] for head in heads] for i, at in enumerate(places)]
-    torch.testing.assert_close(result, torch.tensor(want))
+    assert_close(result, torch.tensor(want))
 
 
 def test_small_batches_change_nothing(random_gpt2, monkeypatch):
     tokens, _, answers = make_task(random_gpt2)
 
     def everything():
-        yield direct_logit_attribution(random_gpt2, tokens, answers).values
-        yield logit_lens(random_gpt2, tokens, answers).values
-        yield head_attribution(random_gpt2, tokens, answers)
-        yield head_projections(random_gpt2, tokens, [(1, 1)], answers)
+        values = direct_logit_attribution(random_gpt2, tokens, answers).values
+        lens = logit_lens(random_gpt2, tokens, answers).values
+        by_head = head_attribution(random_gpt2, tokens, answers)
+        return values, lens, by_head, head_projections(random_gpt2, tokens, [(1, 1)], answers)
 
-    whole = list(everything())
+    whole = everything()
     monkeypatch.setattr(attribution, "token_batches", lambda model, tokens: tokens.split(2))
-    for got, want in zip(everything(), whole, strict=True):
-        torch.testing.assert_close(got, want)
+    assert_close(everything(), whole)
 
 
 def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003):
@@ -175,10 +169,8 @@ def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003)
     this_head = torch.eye(model.cfg.n_heads)[head][:, None]
 
     def moved(share):
-        def move(z, hook):
-            return z + share * (wanted - z) * this_head
-
-        return logit_diff(model.run_with_hooks(corrupted, fwd_hooks=[(name, move)]), answers)
+        hook = (name, lambda z, hook: z + share * (wanted - z) * this_head)
+        return logit_diff(model.run_with_hooks(corrupted, fwd_hooks=[hook]), answers)
 
     return (moved(step) - moved(-step)) / (2 * step)
 
@@ -191,13 +183,13 @@ def test_attribution_patching_equals_a_finite_difference(request, name):
     assert result.shape == (3, model.cfg.n_layers, model.cfg.n_heads)
     for layer, head in ((1, 2), (model.cfg.n_layers - 1, -1)):
         want = finite_difference(model, clean, corrupted, answers, layer, head)
-        torch.testing.assert_close(result[:, layer, head], want, atol=5e-3, rtol=2e-2)
+        assert_close(result[:, layer, head], want, atol=5e-3, rtol=2e-2)
     assert result.abs().max() > 0.005
     # prompts do not mix, and one that is as the clean one has no effect
     mixed = torch.stack([clean[0], *corrupted[1:]])
     every = attribution_patching(model, clean, mixed, lambda x: x[:, -1, 7])
     second = attribution_patching(model, clean[1:2], corrupted[1:2], lambda x: x[:, -1, 7])
-    torch.testing.assert_close(every[1], second[0], atol=1e-5, rtol=1e-4)
+    assert_close(every[1], second[0], atol=1e-5, rtol=1e-4)
     assert (every[0] == 0).all()
 
 
@@ -211,7 +203,7 @@ def test_attribution_patching_equals_transformer_lens(model_pair):
     for node, score in their.node_scores.items():
         if node.kind == "attn_head_out":
             want[node.layer, node.head] += score
-    torch.testing.assert_close(result, want, atol=1e-4, rtol=1e-3)
+    assert_close(result, want, atol=1e-4, rtol=1e-3)
 
 
 def test_the_model_is_left_as_it_was(random_gpt2):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformer_lens.head_detector import detect_head
 
 from utils import metrics
@@ -22,9 +23,8 @@ from utils.prompts import repeated_tokens
 
 
 def random_patterns(n_prompts, n_heads, n_positions):
-    scores = torch.randn(n_prompts, n_heads, n_positions, n_positions)
-    mask = torch.ones(n_positions, n_positions).tril().bool()
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = torch.rand(n_prompts, n_heads, n_positions, n_positions).tril()
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def pattern_attending(back, n_positions):
@@ -56,9 +56,9 @@ def test_stripes_equal_a_loop(n_copies):
         return sum(pattern[:, :, i, i - back] for i in dest) / len(dest)
 
     later = 1 + seq_len
-    torch.testing.assert_close(previous_token_score(pattern), loop(1, 1))
-    torch.testing.assert_close(duplicate_token_score(pattern, seq_len), loop(seq_len, later))
-    torch.testing.assert_close(induction_score(pattern, seq_len), loop(seq_len - 1, later))
+    assert_close(previous_token_score(pattern), loop(1, 1))
+    assert_close(duplicate_token_score(pattern, seq_len), loop(seq_len, later))
+    assert_close(induction_score(pattern, seq_len), loop(seq_len - 1, later))
 
 
 def test_prefix_matching_sums_over_all_earlier_copies():
@@ -71,9 +71,9 @@ def test_prefix_matching_sums_over_all_earlier_copies():
         for dest in repeats:
             after = [src + 1 for src in range(dest) if row[src] == row[dest]]
             want[prompt] += pattern[prompt, :, dest, after].sum(-1) / len(repeats)
-    torch.testing.assert_close(prefix_matching_score(pattern, tokens), want)
+    assert_close(prefix_matching_score(pattern, tokens), want)
     # extra axes, as in the patterns of all layers at once
-    torch.testing.assert_close(prefix_matching_score(pattern[:, None], tokens), want[:, None])
+    assert_close(prefix_matching_score(pattern[:, None], tokens), want[:, None])
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def test_scores_agree_with_the_head_detector(smollm2):
     # the detector divides by all positions, the first included
     n = tokens.shape[1]
     want = detect_head(smollm2, text, "previous_token_head") * n / (n - 1)
-    torch.testing.assert_close(previous_token_score(patterns), want, atol=1e-5, rtol=1e-4)
+    assert_close(previous_token_score(patterns), want, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def test_score_heads_equals_hugging_face_attentions(model_pair, monkeypatch):
     attentions = torch.stack(hf(tokens, output_attentions=True).attentions, dim=1)
     hf.set_attn_implementation(usual)
     close = {"atol": 1e-4, "rtol": 1e-3}
-    torch.testing.assert_close(attention_patterns(model, tokens), attentions, **close)
+    assert_close(attention_patterns(model, tokens), attentions, **close)
     induction = score_heads(model, tokens, induction_score, seq_len=5)
-    torch.testing.assert_close(induction, induction_score(attentions, 5), **close)
+    assert_close(induction, induction_score(attentions, 5), **close)
     matching = score_heads(model, tokens, prefix_matching_score)
-    torch.testing.assert_close(matching, prefix_matching_score(attentions, tokens), **close)
+    assert_close(matching, prefix_matching_score(attentions, tokens), **close)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 

@@ -10,13 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from utils import ioi
-from utils.ioi import (
-    adversarial_prompts,
-    eight_prompts,
-    fit_signal,
-    ioi_prompts,
-    single_token_names,
-)
+from utils.ioi import adversarial_prompts, eight_prompts, ioi_prompts, single_token_names
 from utils.metrics import accuracy, logit_diff
 from utils.models import load_model
 
@@ -43,15 +37,11 @@ def word_tokenizer(names, without=()):
     known = " ".join([*names, *ioi.PLACES, *ioi.OBJECTS]).split()
     corpus = [word for word in known if word not in without]
     corpus += [w for frame in frames for w in re.findall(r"\w+", frame) if w not in without]
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000,
-        special_tokens=["<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    settings = {"vocab_size": 5000, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=["<s>"], **settings)
     # a frame's first word has no space before it
     tokenizer.train_from_iterator(corpus + [" " + word for word in corpus], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
@@ -67,9 +57,8 @@ def few_names(tmp_path_factory):
     """A random model whose tokenizer splits all names but six, and the word "Once"."""
     folder = tmp_path_factory.mktemp("few") / "few-names"
     tokenizer = word_tokenizer(FEW_NAMES, without=["Once"])
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=8, n_positions=32, vocab_size=len(tokenizer), bos_token_id=0
-    )
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 32}
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, **size)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return load_model(str(folder), device="cpu")
@@ -91,6 +80,12 @@ def read(model, tokens):
     return rows
 
 
+def named(words):
+    """The indirect objects and the subjects, as tokens are spelled."""
+    io = [w["first"] if w["third"] == w["second"] else w["second"] for w in words]
+    return [" " + name for name in io], [" " + w["third"] for w in words]
+
+
 def word_at(model, tokens, positions):
     return [model.tokenizer.decode(row[p]) for row, p in zip(tokens, positions, strict=True)]
 
@@ -100,21 +95,16 @@ def test_slots_positions_and_answers(model):
     assert prompts.tokens.shape == (34, 15)
     words = read(model, prompts.tokens)
     assert [w["third"] == w["second"] for w in words] == prompts.is_abba.tolist()
-    io = [w["first"] if w["third"] == w["second"] else w["second"] for w in words]
-    s = [w["third"] for w in words]
+    io, s = named(words)
     assert all(a != b for a, b in zip(io, s, strict=True))
-    for column, names in enumerate((io, s)):
-        spelled = [model.tokenizer.decode(t) for t in prompts.answers[:, column]]
-        assert spelled == [" " + name for name in names]
+    answers = [[model.tokenizer.decode(t) for t in column] for column in prompts.answers.T]
     at = {name: word_at(model, prompts.tokens, p) for name, p in prompts.positions.items()}
-    assert at["IO"] == [" " + name for name in io]
-    assert at["S1"] == at["S2"] == [" " + name for name in s]
-    assert set(at["END"]) == {" to"} and set(prompts.positions["END"].tolist()) == {14}
-    assert (prompts.positions["S1"] < prompts.positions["S2"]).all()
+    assert answers == [io, s] == [at["IO"], at["S1"]] and at["S2"] == s
+    assert set(at["END"]) == {" to"}
     assert (prompts.positions["S1+1"] == prompts.positions["S1"] + 1).all()
-    for name in ("IO", "S1"):
-        assert set(prompts.positions[name].tolist()) == {2, 4}
-    assert set(prompts.positions["S2"].tolist()) == {10}
+    places = {"IO": {2, 4}, "S1": {2, 4}, "S2": {10}, "END": {14}}
+    for name, want in places.items():
+        assert set(prompts.positions[name].tolist()) == want
     for w, template in zip(words, prompts.template.tolist(), strict=True):
         assert ioi.FRAMES[template].startswith(w["opening"] + " ")
         assert w["going"] in ioi.FRAMES[template] and w["giving"] in ioi.FRAMES[template]
@@ -125,21 +115,15 @@ def test_corruptions_move_and_replace_only_names(model):
     assert set(prompts.corrupted) == set(ORDERS)
     clean = read(model, prompts.tokens)
     abc = read(model, prompts.corrupted["abc"])
-    names = []
-    for i, w in enumerate(clean):
-        in_order = (w["first"], w["second"]) if prompts.is_abba[i] else (w["second"], w["first"])
-        new = (abc[i]["first"], abc[i]["second"])
-        d, e = new if prompts.is_abba[i] else new[::-1]
-        a, b = in_order
-        names.append({"A": a, "B": b, "D": d, "E": e})
-        names[i]["F"] = abc[i]["third"]
-        assert len({names[i][letter] for letter in "ABDEF"}) == 5
     for key, orders in ORDERS.items():
-        for i, w in enumerate(read(model, prompts.corrupted[key])):
-            letters = orders[0] if prompts.is_abba[i] else orders[1]
-            named = dict(zip(("first", "second", "third"), letters, strict=True))
-            want = clean[i] | {slot: names[i][letter] for slot, letter in named.items()}
-            assert w == want, key
+        corrupted = read(model, prompts.corrupted[key])
+        for is_abba, w, new, got in zip(prompts.is_abba, clean, abc, corrupted, strict=True):
+            order, letters = ("ABDEF", orders[0]) if is_abba else ("BAEDF", orders[1])
+            names = (w["first"], w["second"], new["first"], new["second"], new["third"])
+            assert len(set(names)) == 5
+            by_letter = dict(zip(order, names, strict=True))
+            slots = zip(("first", "second", "third"), letters, strict=True)
+            assert got == w | {slot: by_letter[letter] for slot, letter in slots}, key
 
 
 def test_no_place_object_or_frame_contains_a_name():
@@ -181,8 +165,8 @@ def test_names_and_frames_that_are_split_are_left_out(model, few_names):
     prompts = ioi_prompts(few_names, 40)
     once = next(i for i, frame in enumerate(ioi.FRAMES) if frame.startswith("Once"))
     assert set(prompts.template.tolist()) == set(range(len(ioi.FRAMES))) - {once}
-    named = {name for w in read(few_names, prompts.tokens) for name in (w["first"], w["second"])}
-    assert named == set(FEW_NAMES)
+    used = {name for w in read(few_names, prompts.tokens) for name in (w["first"], w["second"])}
+    assert used == set(FEW_NAMES)
 
 
 def test_unknown_words_are_no_names():
@@ -220,20 +204,16 @@ def test_adversarial_prompts_differ_by_one_sentence(smollm2):
     words = {key: read(smollm2, p.tokens) for key, p in prompts.items()}
     lengths = {key: p.tokens.shape[1] for key, p in prompts.items()}
     assert lengths == {"plain": 15, "io": 20, "s": 20}
-    for plain, io, s in zip(words["plain"], words["io"], words["s"], strict=True):
-        subject = plain["third"]
-        indirect = plain["second"] if plain["first"] == subject else plain["first"]
-        assert (plain["extra"], io["extra"], s["extra"]) == (None, indirect, subject)
-        assert plain == io | {"extra": None} == s | {"extra": None}
+    for plain, with_io, with_s, *names in zip(*words.values(), *named(words["plain"]), strict=True):
+        extras = [w["extra"] for w in (plain, with_io, with_s)]
+        assert extras == [None, *(name.strip() for name in names)]
+        assert plain == with_io | {"extra": None} == with_s | {"extra": None}
     extras = [smollm2.tokenizer.decode(row[1:]).split(". ")[1] for row in prompts["io"].tokens]
     assert len({extra.split(" ", 1)[1] for extra in extras}) == 2
     for key, p in prompts.items():
-        names = [(w["first"], w["second"]) for w in words[key]]
-        subjects = [w["third"] for w in words[key]]
-        want = [a if b == c else b for (a, b), c in zip(names, subjects, strict=True)]
-        for position, spelled in (("IO", want), ("S1", subjects), ("S2", subjects)):
-            at = word_at(smollm2, p.tokens, p.positions[position])
-            assert at == [" " + name for name in spelled], (key, position)
+        io, s = named(words[key])
+        at = [word_at(smollm2, p.tokens, p.positions[place]) for place in ("IO", "S1", "S2")]
+        assert at == [io, s, s], key
         assert (p.positions["S2"] == p.tokens.shape[1] - 5).all()
         assert torch.equal(p.answers, prompts["plain"].answers)
     assert sum(w["second"] == w["third"] for w in words["plain"]) == 7
@@ -274,14 +254,14 @@ def test_the_signal_is_a_least_squares_fit():
     # the columns of these codes are orthogonal, so each coefficient is a projection
     position, token = codes.float().T
     want = torch.stack([position @ values / 6, token @ values / 4])
-    torch.testing.assert_close(fit_signal(values, codes), want)
+    torch.testing.assert_close(ioi.fit_signal(values, codes), want)
     for bad, message in (
         (codes[:5], "codes must be Int.* variant=6"),
         (codes.float(), "codes must be Int"),
         (codes[:, [0, 0]], "codes must tell position and token apart"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit_signal(values, bad)
+            ioi.fit_signal(values, bad)
 
 
 def test_bad_input_is_named(few_names, smollm2, toy2, monkeypatch):

@@ -22,9 +22,8 @@ def model(request):
 
 def copy_what_followed(row):
     """An ideal induction head: the token after the last earlier copy of the final token."""
-    last = len(row) - 1
-    earlier = [i for i in range(last) if row[i] == row[last]]
-    return row[earlier[-1] + 1]
+    *before, last = row
+    return max((i, row[i + 1]) for i, token in enumerate(before) if token == last)[1]
 
 
 def test_start_token_is_the_one_the_model_prepends(smollm2):
@@ -34,10 +33,9 @@ def test_start_token_is_the_one_the_model_prepends(smollm2):
 def test_ordinary_tokens_are_neither_special_nor_outside_the_vocabulary(model):
     tokens = ordinary_tokens(model).tolist()
     assert len(set(tokens)) == len(tokens) > 50
-    assert start_token(model) not in tokens
     assert max(tokens) < model.cfg.d_vocab
-    if model.tokenizer is not None:
-        assert not set(tokens) & set(model.tokenizer.all_special_ids)
+    special = [] if model.tokenizer is None else model.tokenizer.all_special_ids
+    assert not {start_token(model), *special} & set(tokens)
 
 
 @pytest.mark.parametrize("n_repeats", [2, 4])
@@ -60,26 +58,20 @@ def test_repeated_tokens_depend_on_the_seed_alone(model):
 
 
 @pytest.mark.parametrize("seq_len", [7, 10])
-def test_induction_prompts_flip_the_answer(model, seq_len):
-    prompts = induction_prompts(model, n_prompts=6, seq_len=seq_len)
-    for right, wrong in prompts.answers.tolist():
-        assert right != wrong
-    for row, (right, _) in zip(prompts.clean.tolist(), prompts.answers.tolist(), strict=True):
-        assert copy_what_followed(row) == right
+def test_induction_prompts_flip_the_answer_by_the_stated_positions_alone(model, seq_len):
+    clean, corrupted, answers, at = induction_prompts(model, n_prompts=6, seq_len=seq_len)
+    rows, (right, wrong) = clean.tolist(), answers.T.tolist()
+    assert (answers[:, 0] != answers[:, 1]).all()
+    assert [copy_what_followed(row) for row in rows] == right
+    for row in rows:
         assert row[0] == start_token(model)
         assert row[1 + seq_len :] == row[1 : len(row) - seq_len]
-    assert set(prompts.corrupted) == {"query", "key", "value"}
-    for corrupted in prompts.corrupted.values():
-        for row, (_, wrong) in zip(corrupted.tolist(), prompts.answers.tolist(), strict=True):
-            assert copy_what_followed(row) == wrong
-
-
-def test_induction_prompts_change_only_the_stated_positions(model):
-    clean, corrupted, answers, at = induction_prompts(model, n_prompts=4, seq_len=9)
     assert at["END"] == clean.shape[1] - 1
     assert torch.equal(answers, clean[:, [at["B"], at["D"]]])
     changed = {"query": ["END"], "key": ["A", "C"], "value": ["B", "D"]}
+    assert set(corrupted) == set(changed)
     for name, places in changed.items():
+        assert [copy_what_followed(row) for row in corrupted[name].tolist()] == wrong
         different = (corrupted[name] != clean).any(0).nonzero().flatten().tolist()
         assert different == sorted(at[place] for place in places)
     assert torch.equal(corrupted["query"][:, -1], clean[:, at["C"]])
@@ -92,37 +84,32 @@ def test_long_texts_are_stretches_of_the_manual_each_used_once(smollm2):
     assert tokens.shape == (6, 100)
     assert tokens[:, 0].eq(start_token(smollm2)).all()
     manual = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
-    windows = set()
-    for row in tokens[:, 1:].tolist():
-        # the first and last word may be cut
-        for paragraph in smollm2.tokenizer.decode(row).split("\n\n"):
+    rows = tokens[:, 1:].tolist()
+    for text in smollm2.tokenizer.batch_decode(rows):
+        for paragraph in text.split("\n\n"):  # the first and last word may be cut
             assert " ".join(paragraph.split()[1:-1]) in manual
-        windows |= {tuple(row[i : i + 20]) for i in range(len(row) - 19)}
-    assert len(windows) == 6 * 80
+    assert len({tuple(row[i : i + 20]) for row in rows for i in range(80)}) == 6 * 80
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("make", "counts", "message"),
     [
-        (lambda m: repeated_tokens(m, 0, 5), "n_prompts must be at least 1, got 0"),
-        (lambda m: repeated_tokens(m, 1, 0), "seq_len must be at least 1, got 0"),
-        (lambda m: repeated_tokens(m, 1, 5, n_repeats=0), "n_repeats must be at least 1, got 0"),
-        (lambda m: repeated_tokens(m, 1, 200), "prompts of 401 tokens exceed the context of 256"),
-        (lambda m: induction_prompts(m, 0), "n_prompts must be at least 1, got 0"),
-        (lambda m: induction_prompts(m, 1, seq_len=6), "seq_len must be at least 7"),
-        (lambda m: induction_prompts(m, 1, seq_len=150), "exceed the context of 256"),
-        (lambda m: long_texts(m, 0, 50), "n_texts must be at least 1, got 0"),
-        (lambda m: long_texts(m, 1, 1), "n_tokens must be at least 2, got 1"),
-        (lambda m: long_texts(m, 1, 300), "texts of 300 tokens exceed the context of 256"),
-        (
-            lambda m: long_texts(m, 9999, 200),
-            r"only \d+ texts of 200 tokens exist, got n_texts=9999",
-        ),
+        (repeated_tokens, [0, 5], "n_prompts must be at least 1, got 0"),
+        (repeated_tokens, [1, 0], "seq_len must be at least 1, got 0"),
+        (repeated_tokens, [1, 5, 0], "n_repeats must be at least 1, got 0"),
+        (repeated_tokens, [1, 200], "prompts of 401 tokens exceed the context of 256"),
+        (induction_prompts, [0], "n_prompts must be at least 1, got 0"),
+        (induction_prompts, [1, 6], "seq_len must be at least 7"),
+        (induction_prompts, [1, 150], "exceed the context of 256"),
+        (long_texts, [0, 50], "n_texts must be at least 1, got 0"),
+        (long_texts, [1, 1], "n_tokens must be at least 2, got 1"),
+        (long_texts, [1, 300], "texts of 300 tokens exceed the context of 256"),
+        (long_texts, [9999, 200], r"only \d+ texts of 200 tokens exist, got n_texts=9999"),
     ],
 )
-def test_bad_counts_are_named(random_gpt2, call, message):
+def test_bad_counts_are_named(random_gpt2, make, counts, message):
     with pytest.raises(ValueError, match=message):
-        call(random_gpt2)
+        make(random_gpt2, *counts)
 
 
 def test_a_toy_has_few_tokens_and_no_tokenizer(toy2, monkeypatch):

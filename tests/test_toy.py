@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from utils import toy
-from utils.ablation import mean_run
-from utils.edits import heads_from, hooks, record
-from utils.heads import Head
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def parameters(model):
@@ -22,9 +22,7 @@ def randomise(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters(model).items():
         centre = 1.0 if "ln" in name and name.endswith("weight") else 0.0
-        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(centre + noise)
+        parameter.data = centre + 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -32,57 +30,33 @@ def norm(w, name, x):
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def project(w, name, x):
-    """Linear map, then split into heads: [prompt head pos d_head]."""
-    out = x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-    return out.reshape(*x.shape[:2], 4, -1).transpose(1, 2)
+def linear(w, name, x):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
 
-def write(w, layer, z):
-    """Output of attention from z [prompt head pos d_head]."""
-    joined = z.transpose(1, 2).flatten(2)
-    return joined @ w[f"layers.{layer}.attn.o.weight"].T + w[f"layers.{layer}.attn.o.bias"]
-
-
-def pattern_of(q, k):
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1)
-
-
-def forward(model, tokens, n_layers, edit=lambda layer, name, x, resid, zs: x):
-    """Logits and the patterns of each layer; `edit` may change q, k and v on the way."""
-    w = parameters(model)
+def forward(model, tokens, n_layers, smear=lambda layer, k: k):
+    """Logits and the patterns of each layer; `smear` may change the keys on the way."""
+    w, patterns = parameters(model), []
     x = w["tok_embed.weight"][tokens] + w["pos.weight"][: tokens.shape[1]]
-    patterns, zs = [], []
+    future = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
     for layer in range(n_layers):
-        h = norm(w, f"layers.{layer}.ln1", x)
-        q, k, v = (
-            edit(layer, name, project(w, f"layers.{layer}.attn.{name}", h), x, zs) for name in "qkv"
-        )
-        patterns.append(pattern_of(q, k))
-        zs.append(patterns[-1] @ v)
-        x = x + write(w, layer, zs[-1])
+        name, normal = f"layers.{layer}.attn", norm(w, f"layers.{layer}.ln1", x)
+        split = [linear(w, f"{name}.{site}", normal).unflatten(-1, (4, -1)) for site in "qkv"]
+        q, k, v = (part.transpose(1, 2) for part in split)  # [prompt head pos d_head]
+        scores = q @ smear(layer, k).mT / math.sqrt(q.shape[-1])
+        patterns.append(scores.masked_fill(future, -torch.inf).softmax(-1))
+        z = patterns[-1] @ v
+        x = x + linear(w, f"{name}.o", z.transpose(1, 2).flatten(2))
     return norm(w, "ln_out", x) @ w["head.weight"].T, patterns
 
 
-def smear_by_loop(alpha):
-    def edit(layer, name, x, resid, zs):
-        if layer > 0 or name != "k":
-            return x
-        mixed = x.clone()
-        for head in range(x.shape[1]):
-            s = 1 / (1 + math.exp(-float(alpha[head])))
-            for pos in range(1, x.shape[2]):
-                mixed[:, head, pos] = s * x[:, head, pos] + (1 - s) * x[:, head, pos - 1]
-        return mixed
-
-    return edit
+def some_batch(seed, n_sequences=300):
+    return toy.toy_batch(torch.Generator().manual_seed(seed), n_sequences)
 
 
 @pytest.fixture(scope="module")
 def batch():
-    return toy.toy_batch(torch.Generator().manual_seed(3), n_sequences=5)
+    return some_batch(3, n_sequences=5)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +70,7 @@ def smallest_period(body):
 
 
 def test_batch_repeats_a_random_segment():
-    rows = toy.toy_batch(torch.Generator().manual_seed(0), n_sequences=300).tolist()
-    again, other = (toy.toy_batch(torch.Generator().manual_seed(s), 300).tolist() for s in (0, 1))
+    rows, again, other = (some_batch(seed).tolist() for seed in (0, 0, 1))
     assert rows == again and rows != other
     periods = [smallest_period(row[1:]) for row in rows]
     assert {len(row) for row in rows} == {toy.CONTEXT}
@@ -113,8 +86,7 @@ def test_batch_repeats_a_random_segment():
 @torch.no_grad()
 def test_plain_toy_is_a_plain_transformer(n_layers, batch):
     model = randomise(toy.build_toy(n_layers))
-    wanted = forward(model, batch, n_layers)[0]
-    torch.testing.assert_close(model(batch), wanted, rtol=1e-4, atol=1e-4)
+    assert_close(model(batch), forward(model, batch, n_layers)[0], **CLOSE)
 
 
 @torch.no_grad()
@@ -122,17 +94,24 @@ def test_smeared_keys_equal_plain_pytorch(batch):
     model = randomise(toy.build_toy(2, smeared=True))
     alpha = torch.tensor([-2.0, 0.0, 0.7, 3.0])
     model.original_model.smear_alpha.copy_(alpha)
-    logits, patterns = forward(model, batch, 2, smear_by_loop(alpha))
-    torch.testing.assert_close(model(batch), logits, rtol=1e-4, atol=1e-4)
+
+    def smear(layer, k):
+        mixed = k.clone()
+        for head in range(4 if layer == 0 else 0):
+            s = 1 / (1 + math.exp(-alpha[head]))
+            for pos in range(1, k.shape[2]):
+                mixed[:, head, pos] = s * k[:, head, pos] + (1 - s) * k[:, head, pos - 1]
+        return mixed
+
+    logits, patterns = forward(model, batch, 2, smear)
+    assert_close(model(batch), logits, **CLOSE)
     # analysis sees the smeared model, also after hooks were reset and in compatibility mode
     model.reset_hooks()
     model.enable_compatibility_mode()
     _, cache = model.run_with_cache(batch)
     for layer in range(2):
-        torch.testing.assert_close(cache["pattern", layer], patterns[layer], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        model(batch).log_softmax(-1), logits.log_softmax(-1), rtol=1e-4, atol=1e-4
-    )
+        assert_close(cache["pattern", layer], patterns[layer], rtol=1e-4, atol=1e-5)
+    assert_close(model(batch).log_softmax(-1), logits.log_softmax(-1), **CLOSE)
 
 
 def test_only_the_mix_is_new_in_a_smeared_toy():
@@ -155,10 +134,8 @@ def test_training_lowers_the_loss_and_follows_from_the_seed(short_run):
 @torch.no_grad()
 def test_snapshots_equal_loops_over_prompts(short_run):
     tokens, n = short_run.tokens, toy.LONGEST
-    w = short_run.model
-    logits, cache = w.run_with_cache(tokens)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    loss = loss.reshape(len(tokens), -1)
+    logits, cache = short_run.model.run_with_cache(tokens)
+    loss = F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
     # column i is about token i + 1; the second copy starts at token n + 1
     second = sum(loss[:, i] for i in range(n + 1, 2 * n)) / (n - 1)
     middle = [sum(loss[:, i - 1] for i in range(c - 5, c + 6)) / 11 for c in (12, 12 + n)]
@@ -167,11 +144,10 @@ def test_snapshots_equal_loops_over_prompts(short_run):
     assert short_run.icl_score[-1] == pytest.approx((middle[1] - middle[0]).mean().item(), abs=1e-4)
     pattern = cache["pattern", 0].mean(0)  # all prompts repeat at the same positions
     for head in range(4):
-        induction = [pattern[head, dest, dest - n + 1] for dest in range(n + 1, 2 * n + 1)]
-        previous = [pattern[head, dest, dest - 1] for dest in range(1, n + 1)]
-        measured = short_run.prefix_matching[-1, 0, head], short_run.previous_token[-1, 0, head]
-        assert measured[0] == pytest.approx(float(sum(induction)) / n, abs=1e-5)
-        assert measured[1] == pytest.approx(float(sum(previous)) / n, abs=1e-5)
+        induction = sum(pattern[head, dest, dest - n + 1] for dest in range(n + 1, 2 * n + 1)) / n
+        previous = sum(pattern[head, dest, dest - 1] for dest in range(1, n + 1)) / n
+        assert short_run.prefix_matching[-1, 0, head] == pytest.approx(float(induction), abs=1e-5)
+        assert short_run.previous_token[-1, 0, head] == pytest.approx(float(previous), abs=1e-5)
 
 
 def test_sharpest_drop_is_the_steepest_stretch():
@@ -179,13 +155,10 @@ def test_sharpest_drop_is_the_steepest_stretch():
     for window in (1, 2, 5):
         steps = torch.randint(1, 30, (20,), generator=generator).cumsum(0)
         loss = torch.rand(20, generator=generator)
-        falls = {
-            (steps[i] + steps[i + window]).item() / 2: float(
-                (loss[i] - loss[i + window]) / (steps[i + window] - steps[i])
-            )
-            for i in range(20 - window)
-        }
-        assert toy.sharpest_drop(steps, loss, window) == max(falls, key=falls.get)
+        pairs = [(i, i + window) for i in range(20 - window)]
+        falls = [((loss[i] - loss[j]) / (steps[j] - steps[i]), i, j) for i, j in pairs]
+        _, i, j = max(falls)
+        assert toy.sharpest_drop(steps, loss, window) == (steps[i] + steps[j]).item() / 2
 
 
 def test_share_formed_of_known_curves():
@@ -196,39 +169,6 @@ def test_share_formed_of_known_curves():
     assert toy.share_formed(steps, ramp, centre=95, width=20) == pytest.approx(0.15)
     assert toy.share_formed(steps, step_at_50, centre=45, width=10) == pytest.approx(1.0)
     assert toy.share_formed(steps, step_at_50, centre=80, width=20) == pytest.approx(0.0)
-
-
-@pytest.mark.parametrize("site", ["q", "k", "v"])
-@torch.no_grad()
-def test_cut_path_equals_plain_pytorch(site, batch):
-    model = randomise(toy.build_toy(2))
-    writers, reader = [(0, 0), (0, 2)], Head(1, 3)
-    w = parameters(model)
-
-    def cut(layer, name, x, resid, zs):
-        if layer == 0 or name != site:
-            return x
-        z = zs[0].clone()
-        for _, head in writers:
-            z[:, head] = z[:, head].mean(0, keepdim=True)
-        less = resid - write(w, 0, zs[0]) + write(w, 0, z)
-        x = x.clone()
-        edited = project(w, f"layers.1.attn.{name}", norm(w, "layers.1.ln1", less))
-        x[:, reader.head] = edited[:, reader.head]
-        return x
-
-    wanted, patterns = forward(model, batch, 2, cut)
-    clean = forward(model, batch, 2)[0]
-    model.enable_compatibility_mode()
-    seen = {}
-    keep = ("blocks.1.attn.hook_pattern", lambda p, hook: seen.update(pattern=p.clone()))
-    without = record(model, batch, [site], heads_from(model, writers, mean_run(model, batch)))
-    edits = heads_from(model, [reader], without, site)
-    logits = model.run_with_hooks(batch, fwd_hooks=[*hooks(edits), keep])
-    got, wanted, clean = (x.log_softmax(-1) for x in (logits, wanted, clean))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen["pattern"], patterns[1], rtol=1e-4, atol=1e-5)
-    assert (got - clean).abs().max() > 0.01
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Copying and composition scores against full matrices, loops and TransformerLens."""
 
 import pytest
+import references
 import torch
+from einops import einsum
 
 from utils import weights
 from utils.heads import all_heads, top_heads
 from utils.prompts import ordinary_tokens, repeated_tokens
+from utils.toy import build_toy
 from utils.weights import (
     composition_baseline,
     composition_scores,
@@ -17,6 +20,11 @@ from utils.weights import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture(params=["smollm2", "random_gpt2", "toy2"])
+def model(request):
+    return request.getfixturevalue(request.param)
 
 
 def shared_head(model, head):
@@ -35,9 +43,7 @@ def qk_matrix(model, layer, head):
     return attn.W_Q[head] @ attn.W_K[shared_head(model, head)].T
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_copying_score_equals_a_loop_over_attended_tokens(request, name):
-    model = request.getfixturevalue(name)
+def test_copying_score_equals_a_loop_over_attended_tokens(model):
     tokens = repeated_tokens(model, 2, 6, n_repeats=1)
     scores = copying_score(model, tokens)
     assert scores.shape == (2, model.cfg.n_layers, model.cfg.n_heads)
@@ -49,53 +55,41 @@ def test_copying_score_equals_a_loop_over_attended_tokens(request, name):
             value = cache["v", layer][prompt, src, head // group]
             logits = value @ model.W_O[layer, head] @ model.W_U
             raised = (logits - logits.mean()).relu()
-            for dest in range(1, 7):
-                weight = cache["pattern", layer][prompt, head, dest, src]
-                own += weight * raised[tokens[prompt, src]]
-                total += weight * raised[tokens[prompt, 1:]].sum()
+            attended = cache["pattern", layer][prompt, head, 1:, src].sum()
+            own += attended * raised[tokens[prompt, src]]
+            total += attended * raised[tokens[prompt, 1:]].sum()
         want = (2 * own / total - 1).item()
         assert scores[prompt, layer, head].item() == pytest.approx(want, abs=1e-3)
 
 
-def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one(toy2, monkeypatch):
-    attn = toy2.blocks[1].attn
-    tokens = repeated_tokens(toy2, 2, 8, n_repeats=1)
-    original = toy2.W_U.clone()
-    try:
-        # an unembedding that reads tokens off layer 1, head 0's own output for them
-        _, cache = toy2.run_with_cache(tokens[:1])
-        written = cache["v", 1][0, 1:, 0] @ attn.W_O[0]
-        toy2.unembed.W_U.zero_()
-        toy2.unembed.W_U[:, tokens[0, 1:]] = torch.linalg.pinv(written)
-        copies = copying_score(toy2, tokens[:1])[0, 1, 0].item()
-        toy2.unembed.W_U.neg_()
-        suppresses = copying_score(toy2, tokens[:1])[0, 1, 0].item()
-    finally:
-        toy2.unembed.W_U.copy_(original)
-    assert copies > 0.95
-    assert suppresses < -0.95
+def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
+    toy = build_toy(2)
+    tokens = repeated_tokens(toy, 1, 8, n_repeats=1)
+    # an unembedding that reads tokens off layer 1, head 0's own output for them
+    _, cache = toy.run_with_cache(tokens)
+    written = cache["v", 1][0, 1:, 0] @ toy.blocks[1].attn.W_O[0]
+    toy.unembed.W_U.zero_()
+    toy.unembed.W_U[:, tokens[0, 1:]] = torch.linalg.pinv(written)
+    assert copying_score(toy, tokens)[0, 1, 0] > 0.95
+    toy.unembed.W_U.neg_()
+    assert copying_score(toy, tokens)[0, 1, 0] < -0.95
 
 
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_eigenvalue_score_equals_the_full_matrix(request, name):
-    model = request.getfixturevalue(name)
+def test_eigenvalue_score_equals_the_full_matrix(model):
     heads = [(0, 0), (1, 3), (model.cfg.n_layers - 1, 1)]
     scores, every = eigenvalue_copying_score(model, heads), eigenvalue_copying_score(model)
     assert every.shape == (model.cfg.n_layers, model.cfg.n_heads)
     for score, (layer, head) in zip(scores.tolist(), heads, strict=True):
-        ov = ov_matrix(model, layer, head).double()
-        if model.cfg.d_vocab < 1000:  # token by token, as defined
-            full = model.W_E.double() @ ov @ model.W_U.double()
-        else:
-            full = ov @ (model.W_U @ model.W_E).double()
+        ov, w_e, w_u = (w.double() for w in (ov_matrix(model, layer, head), model.W_E, model.W_U))
+        token_by_token = model.cfg.d_vocab < 1000  # as defined
+        full = w_e @ ov @ w_u if token_by_token else ov @ (w_u @ w_e)
         eigenvalues = torch.linalg.eigvals(full)
         want = (eigenvalues.sum() / eigenvalues.abs().sum()).real.item()
         assert (score, every[layer, head].item()) == pytest.approx((want, want), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "toy2"])
-def test_own_logit_largest_equals_a_loop(request, name):
-    model = request.getfixturevalue(name)
+@pytest.mark.parametrize("model", ["smollm2", "toy2"], indirect=True)
+def test_own_logit_largest_equals_a_loop(model):
     heads = top_heads(eigenvalue_copying_score(model), k=3)
     largest = own_logit_largest(model, heads, n_tokens=20, seed=3)
     assert largest.shape == (20, 3)
@@ -107,24 +101,22 @@ def test_own_logit_largest_equals_a_loop(request, name):
             assert largest[t, i].item() == bool((logits <= logits[token]).all())
 
 
-def hf_copied(hf, layer, head, resid, own, sign):
-    """Whether a head of the untouched model, given a residual stream, writes `own` in the top."""
-    d_head = hf.config.hidden_size // hf.config.num_attention_heads
-    columns = slice(head * d_head, (head + 1) * d_head)
+def hf_copied(hf, layer, resid, own, sign):
+    """Which heads of the untouched model, given a residual stream, write `own` in the top: [head].
+
+    (Without value biases: they are the same for every token, and belong to b_O.)
+    """
+    block, w_o = references.blocks(hf)[layer], references.out_weight(hf, layer)
+    attn, norm = references.attention(block), references.final_norm(hf)
     if hasattr(hf, "transformer"):
-        block = hf.transformer.h[layer]
-        # without biases: they are the same for every token, and belong to b_O
-        normal = block.ln_1(resid) - block.ln_1.bias
-        w_v = block.attn.c_attn.weight[:, 2 * hf.config.hidden_size :][:, columns]
-        written = normal @ w_v @ block.attn.c_proj.weight[columns]
-        logits = hf.lm_head(hf.transformer.ln_f(sign * written))
+        w_v = attn.c_attn.weight[:, 2 * hf.config.hidden_size :]
+        values = (block.ln_1(resid) - block.ln_1.bias) @ w_v
     else:
-        block = hf.model.layers[layer]
-        shared = head // (hf.config.num_attention_heads // hf.config.num_key_value_heads)
-        w_v = block.self_attn.v_proj.weight[shared * d_head : (shared + 1) * d_head].T
-        written = block.input_layernorm(resid) @ w_v @ block.self_attn.o_proj.weight[:, columns].T
-        logits = hf.lm_head(hf.model.norm(sign * written))
-    return float(own in logits.topk(weights.TOP).indices)
+        values = attn.v_proj(block.input_layernorm(resid))
+    values = values.unflatten(-1, (-1, w_o.shape[1]))  # [kv_head d_head]
+    values = values.repeat_interleave(len(w_o) // len(values), dim=0)
+    logits = hf.lm_head(norm(sign * einsum(values, w_o, "h d_head, h d_head d -> h d")))
+    return (logits.topk(weights.TOP).indices == own).any(-1).float()
 
 
 # a head that is not made for it writes next to nothing into the top 5: a third of the vocabulary
@@ -138,17 +130,13 @@ def test_name_copying_equals_topk_on_hugging_face(model_pair, monkeypatch, sign,
     monkeypatch.setattr(weights, "TOP", top)
     names = ordinary_tokens(model)[::900]
     scores = name_copying_score(model, names, all_heads(model), sign)
-    best = scores.topk(2).indices.tolist()
-    heads = [(0, 1), (2, 2), (model.cfg.n_layers - 1, 0), *(all_heads(model)[i] for i in best)]
     start = torch.full_like(names, model.tokenizer.bos_token_id)
     hidden = hf(torch.stack([start, names], dim=1), output_hidden_states=True).hidden_states[1]
-    for layer, head in heads:
-        copied = [
-            hf_copied(hf, layer, head, resid, own, sign)
-            for resid, own in zip(hidden[:, 1], names.tolist(), strict=True)
-        ]
-        score = scores[layer * model.cfg.n_heads + head].item()
-        assert score == pytest.approx(sum(copied) / len(copied))
+    best = [int(i) // model.cfg.n_heads for i in scores.topk(2).indices]
+    for layer in {0, 2, model.cfg.n_layers - 1, *best}:
+        copied = [hf_copied(hf, layer, *at, sign) for at in zip(hidden[:, 1], names, strict=True)]
+        got = scores.unflatten(0, (-1, model.cfg.n_heads))[layer]
+        torch.testing.assert_close(got, torch.stack(copied).mean(0))
     assert 0 < scores.mean() < 1 or top == 5
 
 
@@ -160,56 +148,44 @@ def test_copying_in_place_equals_topk_on_hugging_face(model_pair, monkeypatch, s
     scores = name_copying_in_place(model, tokens, positions, sign)
     assert scores.shape == (4, model.cfg.n_layers, model.cfg.n_heads)
     hidden = hf(tokens, output_hidden_states=True).hidden_states
-    for layer, head in [(1, 3), (0, 0), (model.cfg.n_layers - 1, 2)]:
-        for i, pos in enumerate(positions.tolist()):
-            want = hf_copied(hf, layer, head, hidden[layer][i, pos], tokens[i, pos].item(), sign)
-            assert scores[i, layer, head] == want
+    for layer in (0, 1, model.cfg.n_layers - 1):
+        for i, pos in enumerate(positions):
+            want = hf_copied(hf, layer, hidden[layer][i, pos], tokens[i, pos], sign)
+            assert torch.equal(scores[i, layer], want)
     assert 0 < scores.mean() < 1 or top == 5
 
 
-def test_a_head_that_copies_scores_one_by_name_and_one_that_writes_nothing_zero(toy2, monkeypatch):
+def test_a_head_that_copies_scores_one_by_name_and_one_that_writes_nothing_zero(monkeypatch):
     monkeypatch.setattr(weights, "TOP", 1)
-    tokens, positions = repeated_tokens(toy2, 3, 8, n_repeats=1), torch.tensor([2, 5, 8])
-    original = toy2.W_U.clone()
+    toy, prompt = build_toy(2), torch.arange(3)
+    tokens, positions = repeated_tokens(toy, 3, 8, n_repeats=1), torch.tensor([2, 5, 8])
 
     def scores(sign):
-        return name_copying_in_place(toy2, tokens, positions, sign)[:, 1, 0].tolist()
+        return name_copying_in_place(toy, tokens, positions, sign)[:, 1, 0].tolist()
 
-    try:
-        # an unembedding that reads each token off what layer 1, head 0 writes for it
-        _, cache = toy2.run_with_cache(tokens)
-        prompt = torch.arange(3)
-        written = cache["v", 1][prompt, positions, 0] @ toy2.blocks[1].attn.W_O[0]
-        written = written - written.mean(-1, keepdim=True)
-        toy2.unembed.W_U.zero_()
-        own = tokens[prompt, positions]
-        for token in own.unique():
-            toy2.unembed.W_U[:, token] = torch.linalg.pinv(written)[:, own == token].sum(1)
-        assert (scores(1), scores(-1)) == ([1.0] * 3, [0.0] * 3)
-        toy2.unembed.W_U.neg_()
-        assert scores(-1) == [1.0] * 3
-        toy2.unembed.W_U.zero_()  # every logit ties
-        assert scores(1) == [0.0] * 3
-    finally:
-        toy2.unembed.W_U.copy_(original)
+    # an unembedding that reads each token off what layer 1, head 0 writes for it
+    _, cache = toy.run_with_cache(tokens)
+    written = cache["v", 1][prompt, positions, 0] @ toy.blocks[1].attn.W_O[0]
+    readers = torch.linalg.pinv(written - written.mean(-1, keepdim=True))
+    toy.unembed.W_U.zero_().index_add_(1, tokens[prompt, positions], readers)
+    assert (scores(1), scores(-1)) == ([1.0] * 3, [0.0] * 3)
+    toy.unembed.W_U.neg_()
+    assert scores(-1) == [1.0] * 3
+    toy.unembed.W_U.zero_()  # every logit ties
+    assert scores(1) == [0.0] * 3
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
-@pytest.mark.parametrize("name", ["smollm2", "random_gpt2", "toy2"])
-def test_composition_equals_the_full_matrices(request, name, kind):
-    model = request.getfixturevalue(name)
+def test_composition_equals_the_full_matrices(model, kind):
     last = model.cfg.n_layers - 1
     writers, readers = [(0, 1), (last - 1, 0), (0, 3)], [(last, 2), (last, 3)]
     scores = composition_scores(model, kind, writers, readers)
     assert scores.shape == (3, 2)
-    for i, writer in enumerate(writers):
-        for j, reader in enumerate(readers):
+    for j, reader in enumerate(readers):
+        qk = qk_matrix(model, *reader)
+        reads = {"Q": qk, "K": qk.T, "V": ov_matrix(model, *reader)}[kind]
+        for i, writer in enumerate(writers):
             writes = ov_matrix(model, *writer)
-            reads = {
-                "Q": qk_matrix(model, *reader),
-                "K": qk_matrix(model, *reader).T,
-                "V": ov_matrix(model, *reader),
-            }[kind]
             want = (writes @ reads).norm() / writes.norm() / reads.norm()
             assert scores[i, j].item() == pytest.approx(want.item(), rel=1e-3)
 
