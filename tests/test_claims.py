@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from ioi_claims import PUBLISHED_CIRCUIT, precision_recall
 from utils.heads import Head
 from utils.ledger import Ledger
 from utils.metrics import Estimate
@@ -46,12 +47,7 @@ FIGURES = {
     "lm.ablation": [(E(0.51), E(0.24)), (0, E(0.5)), (1, E(0.25))],
     "lm.icl_ablation": [(E(0.51), E(-1.0), E(0.21)), (0, E(0.5)), (1, E(1.1)), (2, E(0.2))],
     "lm.zero_vs_mean": [(E(0.21),), (0, E(0.2))],
-    "lm.patching_kqv": [
-        (E(0.11, 0.05), E(0.21)),
-        (0, E(0.1, 0.01)),
-        (0, E(0.11, 0.06)),
-        (1, E(0.2)),
-    ],
+    "lm.patching_kqv": [(E(0.11, 0.05), E(0.21)), (0, E(0.1, 0)), (0, E(0.11, 0.06)), (1, E(0.2))],
     "lm.k_composition": [(0.2, 0.19, LOW, HIGH), (1, 0.2), (2, NONE), (3, NONE)],
     "ioi.logit_diff": [(E(1.01, 0.33),), (0, E(1.0, 0.1)), (0, E(1.01, 0.34))],
     "ioi.accuracy": [(E(0.9),), (0, E(0.89))],
@@ -77,13 +73,8 @@ FIGURES = {
 }
 
 IN_WORDS = {  # as a rule's text may say a number of its code
-    "0": "zero|layer 0|some",
-    "1": r"\b1\b|third",
-    "2": "two|twice|half",
-    "3": "three|third",
-    "10": "tenth",
-    "0.25": "quarter",
-    "0.5": "half|0.5",
+    **{"0": "zero|layer 0|some", "1": r"\b1\b|third", "2": "two|twice|half", "3": "three|third"},
+    **{"10": "tenth", "0.25": "quarter", "0.5": "half|0.5"},
 }
 
 
@@ -102,10 +93,8 @@ def replaced(figures, index, figure):
 
 @pytest.mark.parametrize("claim_id", CLAIMS)
 def test_a_rule_holds_inside_its_bounds_and_not_outside(claim_id):
-    inside, *changes = FIGURES[claim_id]
-    holds = CLAIMS[claim_id].holds
-    assert changes
-    assert holds(*inside)
+    (inside, *changes), holds = FIGURES[claim_id], CLAIMS[claim_id].holds
+    assert changes and holds(*inside)
     assert not [change for change in changes if holds(*replaced(inside, *change))]
 
 
@@ -120,10 +109,9 @@ def test_without_a_figure_a_claim_does_not_hold(claim_id, tmp_path, monkeypatch)
 
     inside = FIGURES[claim_id][0]
     assert verdict(inside) == "holds"
-    for i, figure in enumerate(inside):
-        if not isinstance(figure, list | set):
-            for missing in (None, math.nan, E(math.nan)):
-                assert verdict(replaced(inside, i, missing)) == "does not hold"
+    for i in (i for i, figure in enumerate(inside) if not isinstance(figure, list | set)):
+        for missing in (None, math.nan, E(math.nan)):
+            assert verdict(replaced(inside, i, missing)) == "does not hold"
 
 
 @pytest.mark.parametrize("project", OF)
@@ -141,15 +129,11 @@ def test_words_and_code_state_the_same_numbers(project):
         assert {float(x) for x in said} <= {float(x) for x in numbers(code)}, key.value
 
 
-@pytest.mark.parametrize("project", OF)
-def test_what_a_claim_needs_comes_before_it(project):
-    seen = []
-    for claim_id, claim in OF[project].items():
-        assert set(claim.needs) <= set(seen)
-        seen.append(claim_id)
+def test_what_builds_on_the_behaviour_needs_it_and_what_is_needed_comes_first():
+    for claims in OF.values():
+        ids = list(claims)
+        assert all(set(claims[i].needs) <= set(ids[: ids.index(i)]) for i in ids)
 
-
-def test_what_builds_on_the_behaviour_needs_it():
     def chain(claim_id):
         return {claim_id}.union(*map(chain, CLAIMS[claim_id].needs))
 
@@ -176,17 +160,13 @@ def test_committed_verdicts_follow_from_the_committed_figures(project):
 def test_statements_name_no_head_and_every_claim_a_source():
     assert set(FIGURES) == set(CLAIMS)
     for claim_id, claim in CLAIMS.items():
-        assert re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
-        assert claim.source
+        assert claim.source and re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
         assert not re.search(r"\b(L\d+H\d+|\d{1,2}\.\d{1,2}\b(?= heads?))", claim.statement)
 
 
 def test_the_published_circuit():
-    import ioi_claims
-
-    heads = [head for heads in ioi_claims.PUBLISHED_CIRCUIT.values() for head in heads]
-    assert len(set(heads)) == 26
-    assert {(9, 9), (4, 11), (10, 7)} <= set(heads)
-    assert ioi_claims.precision_recall(heads) == (1, 1)
-    assert ioi_claims.precision_recall([(9, 9), (0, 0)]) == (0.5, 1 / 26)
-    assert ioi_claims.precision_recall([]) == (0, 0)
+    heads = [head for heads in PUBLISHED_CIRCUIT.values() for head in heads]
+    assert len(set(heads)) == 26 and {(9, 9), (4, 11), (10, 7)} <= set(heads)
+    assert precision_recall(heads) == (1, 1)
+    assert precision_recall([(9, 9), (0, 0)]) == (0.5, 1 / 26)
+    assert precision_recall([]) == (0, 0)

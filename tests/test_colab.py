@@ -13,32 +13,21 @@ from utils.colab import install_missing
 from utils.results import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-CELL = """\
-import os
-import sys
-
-URL = "https://github.com/mech-interp-replications/mech-interp-replications"
-places = ["./" + "../" * n for n in range(9)] + ["mech-interp-replications/"]  # or fetched there
-root = next((p for p in places if os.path.exists(p + "utils/exercises.py")), places[-1])
-if not os.path.exists(root + "utils") and os.system(f"git clone --depth=1 {URL}") != 0:
-    raise RuntimeError(f"Repository not found: unpack {URL}/archive/HEAD.zip, open this inside it.")
-sys.path.insert(0, os.path.abspath(root))
-from utils.colab import set_up
-
-set_up("PROJECT")
-"""
-
-
-def setup_cell(path):
-    notebook = nbformat.read(path, as_version=4)
-    source = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return source if "utils.colab" in source else CELL.replace("PROJECT", path.parent.name)
+MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
 
 
 # The cell on its own, on a machine where git and pip are replaced by recorders
 
-MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def cell(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return next(cell.source for cell in cells if cell.cell_type == "code")
 
 
 @pytest.fixture
@@ -73,55 +62,48 @@ echo 'no-such-package>=1' > {copy}/requirements.txt
 """
 
 
-def run_setup(path, cwd, before=""):
+def run(cell, cwd, before=""):
     after = "import os, utils.colab; print(utils.colab.ROOT, os.getcwd(), sys.path[1], sep='\\n')"
-    source = "\n".join([before, setup_cell(path), after])
-    return subprocess.run([sys.executable, "-c", source], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, "-c", "\n".join([before, cell, after])]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-@every_notebook
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_setup_finds_the_repository_it_is_in(path, depth, alone):
+def test_setup_finds_the_repository_it_is_in(path, cell, depth, alone):
     fake_git(alone, "exit 1")
-    done = run_setup(path, [ROOT, path.parent, ROOT / ".github/workflows"][depth])
+    done = run(cell, [ROOT, path.parent, ROOT / ".github/workflows"][depth])
     assert done.stdout.splitlines() == [str(ROOT), str(path.parent), str(path.parent)]
-    assert not (alone / "git.log").exists()
-    assert not (alone / "pip.log").exists()
+    assert not (alone / "git.log").exists() and not (alone / "pip.log").exists()
 
 
-@every_notebook
 @pytest.mark.parametrize("git", ["missing", "failing"])
-def test_setup_without_a_network_says_what_to_do(path, git, alone):
+def test_setup_without_a_network_says_what_to_do(cell, git, alone):
     if git == "failing":
         fake_git(alone, "exit 128")
-    done = run_setup(path, alone / "here")
+    done = run(cell, alone / "here")
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert re.match(r"RuntimeError: Repository not found: unpack https://\S+\.zip, open", message)
 
 
-@every_notebook
-def test_setup_fetches_the_repository_once_and_installs_on_colab_alone(path, alone):
+def test_setup_fetches_the_repository_once_and_installs_on_colab_alone(path, cell, alone):
     fake_git(alone, clone(path.parent.name))
     copy = alone / "here/mech-interp-replications"
     found = [str(copy), str(copy / path.parent.name), str(copy / path.parent.name)]
-    done = run_setup(path, alone / "here")
+    done = run(cell, alone / "here")
     assert (done.stdout.splitlines(), done.stderr) == (found, "")
     assert (alone / "git.log").read_text().startswith("clone --depth=1 https://github.com/")
     assert not (alone / "pip.log").exists()
     fake_git(alone, "exit 128")
     on_colab = "import sys, types; sys.modules['google.colab'] = types.ModuleType('colab')"
-    done = run_setup(path, alone / "here", on_colab)
+    done = run(cell, alone / "here", on_colab)
     assert (done.stdout.splitlines()[1:], done.stderr) == (found, "")
     assert (alone / "pip.log").read_text() == "no-such-package>=1"
 
 
-@every_notebook
-def test_setup_is_ten_lines(path):
-    assert sum(bool(line.strip()) for line in setup_cell(path).splitlines()) <= 10
-
-
 # What is installed, with packages that exist by name and version only
+
+KEPT = ["numpy==1.26.1", "torch==2.8.0.dev20250101+cu126"]
 
 
 @pytest.fixture
@@ -143,15 +125,11 @@ def machine(tmp_path, monkeypatch):
         for line in command[5:]:
             if "==" not in line:
                 install(line.split(">")[0], "9")
-        return subprocess.CompletedProcess(
-            command, 0 if "impossible>1" not in asked else 1, "", "No."
-        )
+        return subprocess.CompletedProcess(command, int("impossible>1" in asked), "", "No.")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    install("numpy", "1.26.1")
-    install("torch", "2.8.0.dev20250101+cu126")
-    install("present", "2.0")
-    install("old", "0.9")
+    for line in [*KEPT, "present==2.0", "old==0.9"]:
+        install(*line.split("=="))
 
     def check(*lines):
         file = tmp_path / "requirements.txt"
@@ -163,14 +141,8 @@ def machine(tmp_path, monkeypatch):
     return check
 
 
-KEPT = ["numpy==1.26.1", "torch==2.8.0.dev20250101+cu126"]
-
-
-def test_nothing_is_done_when_all_is_met(machine):
-    assert machine("# what we need", "", "torch>=2.6", "present>=1.5,<3  # not 3", "numpy") == []
-
-
 def test_pip_gets_what_is_missing_or_too_old_and_keeps_numpy_and_torch(machine, capsys):
+    assert machine("# what we need", "", "torch>=2.6", "present>=1.5,<3  # not 3", "numpy") == []
     asked = machine("torch>=2.6", "numpy>=1.26", "present>=1", "old>=1", "absent>2,<10")
     assert asked == ["old>=1", "absent<10,>2", *reversed(KEPT)]
     assert "Installing old>=1, absent<10,>2" in capsys.readouterr().out

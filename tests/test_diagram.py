@@ -44,9 +44,9 @@ def drawn(**change):
 
 def test_every_head_stands_in_its_box_and_empty_roles_are_left_out():
     fig, boxes, _, _ = drawn()
-    assert list(boxes) == ["early", "middle", "twelve", "late", "logits"]
-    for role, box in boxes.items():
-        assert re.findall(r"L\d+H\d+", box.label.text) == [str(h) for h in ROLES.get(role, [])]
+    found = [(role, re.findall(r"L\d+H\d+", box.label.text)) for role, box in boxes.items()]
+    drawn_roles = [(role, [str(head) for head in heads]) for role, heads in ROLES.items() if heads]
+    assert found == [*drawn_roles, ("logits", [])]
     assert fig.layout.title.text == "t"
 
 
@@ -91,10 +91,10 @@ def test_arrows_lead_from_box_to_box_and_cross_none(edges):
                 assert not inside.any()
 
 
-@pytest.mark.parametrize(("sender", "receiver"), [("early", "late"), ("early", "middle")])
-def test_labels_of_parallel_arrows_stand_apart(sender, receiver):
-    edges = [(sender, receiver, 0.1 * i, via) for i, via in enumerate("qkv", start=1)]
-    _, _, _, labels = drawn(edges=edges)
+@pytest.mark.parametrize("receiver", ["late", "middle"])
+def test_labels_of_parallel_arrows_stand_apart(receiver):
+    edges = [("early", receiver, 0.1 * i, via) for i, via in enumerate("qkv", start=1)]
+    labels = drawn(edges=edges)[-1]
     assert len(labels) == 3
     for a, b in itertools.combinations(labels, 2):
         assert abs(a.x - b.x) > 60 or abs(a.y - b.y) > 16

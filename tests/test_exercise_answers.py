@@ -1,38 +1,35 @@
 """The exercises, answered as learners would: right in many styles, wrong in ways nobody listed."""
 
-import einops
 import pytest
 import torch
+from einops import einsum, reduce
+from numpy import s_
+from torch.linalg import eigvals, norm
 from torch.nn import functional
 
 import induction_exercises as induction
 import ioi_exercises as ioi
+from utils.exercises import set_at
 
-# Right answers of more than one line; those of one line stand in RIGHT
+# Right answers of more than one line, or that are used twice; the others stand in RIGHT
 
 
 def loss_by_loop(logits, tokens):
     losses = torch.zeros(len(tokens), tokens.shape[1] - 1)
-    for prompt in range(len(tokens)):
-        for pos in range(tokens.shape[1] - 1):
-            row = logits[prompt, pos].double()
-            losses[prompt, pos] = row.logsumexp(0) - row[tokens[prompt, pos + 1]]
+    for prompt, pos in ((i, j) for i in range(len(tokens)) for j in range(tokens.shape[1] - 1)):
+        row = logits[prompt, pos].double()
+        losses[prompt, pos] = row.logsumexp(0) - row[tokens[prompt, pos + 1]]
     return losses
 
 
 def loss_by_one_hot(logits, tokens):
     picked = functional.one_hot(tokens[:, 1:], logits.shape[-1])
-    return einops.einsum(-logits[:, :-1].log_softmax(-1), picked.float(), "b p v, b p v -> b p")
+    return einsum(-logits[:, :-1].log_softmax(-1), picked.float(), "b p v, b p v -> b p")
 
 
 def stripe_by_loop(pattern, seq_len):
     later = range(1 + seq_len, pattern.shape[-1])
     return sum(pattern[:, :, dest, dest - seq_len + 1] for dest in later) / len(later)
-
-
-def previous_by_mask(pattern):
-    n = pattern.shape[-1]
-    return (pattern * torch.eye(n).roll(-1, 1).tril(-1)).sum((-1, -2)) / (n - 1)
 
 
 def drop_by_loop(steps, loss, window):
@@ -54,62 +51,9 @@ def drop_by_minimum(steps, loss, window):
     return min(((b - a) / (t - s), (s + t) / 2) for s, a, t, b in ends)[1].item()
 
 
-def composition_by_trace(w_v, w_o, w_q, w_k):
-    product = w_v @ w_o @ w_k @ w_q.T
-    size = [torch.trace(m @ m.T).sqrt() for m in (product, w_v @ w_o, w_q @ w_k.T)]
-    return size[0] / size[1] / size[2]
-
-
-def composition_by_einsum(w_v, w_o, w_q, w_k):
-    ov, qk = torch.einsum("md,dn->mn", w_v, w_o), torch.einsum("md,nd->mn", w_q, w_k)
-    both = torch.einsum("ab,cb->ac", ov, qk)
-    return (both.square().sum() / ov.square().sum() / qk.square().sum()).sqrt().item()
-
-
-def eigenvalues_of_small_matrix(w_e, w_v, w_o, w_u):
-    values = torch.linalg.eigvals(w_o @ w_u @ w_e @ w_v)
-    return (values.sum() / values.abs().sum()).real
-
-
-def eigenvalues_of_full_matrix(w_e, w_v, w_o, w_u):
-    values = torch.linalg.eigvals((w_e @ (w_v @ w_o) @ w_u).double())
-    return values.real.sum().item() / values.abs().sum().item()
-
-
-def trace_over_sizes(w_e, w_v, w_o, w_u):
-    circuit = w_e.double() @ w_v.double() @ w_o.double() @ w_u.double()
-    return circuit.trace() / torch.linalg.eig(circuit).eigenvalues.abs().sum()
-
-
-def zero_in_place_without_return(z, hook, head):
-    z[..., head, :] *= 0
-
-
-def mean_by_einsum(z, hook, head, reference):
-    z = z.clone()
-    z[:, :, head] = torch.einsum("npd->pd", reference[:, :, head]) / len(reference)
-    return z
-
-
-def mean_in_place(z, hook, head, reference):
-    z[:, :, head] = einops.reduce(reference, "n p h d -> p h d", "mean")[:, head]
-
-
-def patch_by_repeating(activation, hook, clean, head, n_heads):
-    n = activation.shape[2]
-    owner = torch.arange(n).repeat_interleave(n_heads // n)[head]
-    return torch.where((torch.arange(n) == owner)[:, None], clean, activation)
-
-
-def patch_by_proportion(activation, hook, clean, head, n_heads):
-    index = head * activation.shape[2] // n_heads
-    activation[:, :, index] = clean[:, :, index]
-
-
-def patch_a_copy(activation, hook, clean, head, n_heads):
-    activation, group = activation.clone(), n_heads // activation.shape[2]
-    activation[..., head // group, :] = clean[..., head // group, :]
-    return activation
+def put(x, where, values):
+    """An edit in place, by a hook that returns nothing."""
+    x[where] = values
 
 
 def difference_by_rows(logits, answers):
@@ -125,13 +69,8 @@ def corrupt_by_loop(tokens, positions):
 
 
 def corrupt_by_where(tokens, positions):
-    io = tokens[torch.arange(len(tokens)), positions["IO"]]
     at_s2 = torch.arange(tokens.shape[1]) == positions["S2"][:, None]
-    return torch.where(at_s2, io[:, None], tokens)
-
-
-def patch_head_in_place(z, hook, clean_z, head):
-    z[:, :, head] = clean_z[:, :, head]
+    return torch.where(at_s2, tokens.gather(1, positions["IO"][:, None]), tokens)
 
 
 def patch_position_by_loop(resid, hook, clean_resid, positions):
@@ -140,32 +79,15 @@ def patch_position_by_loop(resid, hook, clean_resid, positions):
     return resid
 
 
-def patch_position_by_rows(resid, hook, clean_resid, positions):
-    rows = torch.arange(len(resid))
-    resid[rows, positions] = clean_resid[rows, positions]
-
-
-def patch_position_by_mask(resid, hook, clean_resid, positions):
-    chosen = functional.one_hot(positions, resid.shape[1])[..., None]
-    return resid * (1 - chosen) + clean_resid * chosen
-
-
 def path_in_place(z, hook, original, new, sender):
     z[:] = original[hook.layer()]
     if hook.layer() == sender.layer:
         z[:, :, sender.head] = new[sender.layer, :, :, sender.head]
 
 
-def path_by_new_tensor(z, hook, original, new, sender):
-    everything = original.clone()
-    everything[sender.layer, :, :, sender.head] = new[sender.layer, :, :, sender.head]
-    return everything[hook.layer()]
-
-
 def path_by_where(z, hook, original, new, sender):
     layer = int(hook.name.split(".")[1])
-    chosen = (torch.arange(z.shape[2]) == sender[1]) & (layer == sender[0])
-    return torch.where(chosen[:, None], new[layer], original[layer])
+    return torch.where(chosen(z, sender[1]) & (layer == sender[0]), new[layer], original[layer])
 
 
 def copying_by_rank(resid, w_v, w_o, w_u, names, k):
@@ -178,25 +100,17 @@ def copying_by_loop(resid, w_v, w_o, w_u, names, k):
     return sum(name.item() in row for row, name in zip(top, names, strict=True)) / len(names)
 
 
-def copying_by_sorting(resid, w_v, w_o, w_u, names, k):
-    order = (resid @ w_v @ w_o @ w_u).double().argsort(dim=-1, descending=True)
-    return (order[:, :k] == names[:, None]).sum().item() / len(names)
-
-
-def ablation_by_index(z, hook, means, keep):
-    z[~keep] = means[~keep]
-
-
-def ablation_by_loop(z, hook, means, keep):
-    for index in (~keep).nonzero().tolist():
-        z[tuple(index)] = means[tuple(index)]
-
-
 def chosen(z, head):
     """True at one head of [prompt pos head d_head]."""
     return (torch.arange(z.shape[2]) == head)[:, None]
 
 
+def share(values):
+    """How much of the eigenvalues' size is their sum."""
+    return (values.sum() / values.abs().sum()).real
+
+
+SIZES = (norm, lambda m: (m @ m.T).trace().sqrt(), lambda m: m.square().sum().sqrt().item())
 RIGHT = {
     induction.per_token_loss: [
         lambda x, t: functional.cross_entropy(x[:, :-1].mT, t[:, 1:], reduction="none"),
@@ -211,18 +125,17 @@ RIGHT = {
     induction.previous_token_score: [
         lambda p: torch.stack([p[:, :, i, i - 1] for i in range(1, p.shape[-1])]).mean(0),
         lambda p: p[..., 1:, :].diagonal(dim1=-2, dim2=-1).mean(-1),
-        previous_by_mask,
+        lambda p: torch.tensor([[head[1:].diagonal().mean() for head in row] for row in p]),
     ],
     induction.sharpest_drop: [drop_by_loop, drop_by_argmax, drop_by_minimum],
     induction.composition_score: [
-        lambda v, o, q, k: (v @ o @ k @ q.T).norm() / (v @ o).norm() / (q @ k.T).norm(),
-        composition_by_trace,
-        composition_by_einsum,
+        lambda v, o, q, k, size=size: size(v @ o @ k @ q.T) / size(v @ o) / size(q @ k.T)
+        for size in SIZES
     ],
     induction.eigenvalue_copying: [
-        eigenvalues_of_small_matrix,
-        eigenvalues_of_full_matrix,
-        trace_over_sizes,
+        lambda e, v, o, u: share(eigvals(o @ u @ e @ v)),
+        lambda e, v, o, u: share(eigvals((e @ (v @ o) @ u).double())).item(),
+        lambda e, v, o, u: (x := (e @ v @ o @ u).double()).trace() / eigvals(x).abs().sum(),
     ],
     induction.icl_score: [
         lambda loss, early, late: loss[:, late - 1] - loss[:, early - 1],
@@ -231,20 +144,24 @@ RIGHT = {
     ],
     induction.zero_ablation: [
         lambda z, hook, head: z * ~chosen(z, head),
-        zero_in_place_without_return,
+        lambda z, hook, head: put(z, s_[..., head, :], 0),
         lambda z, hook, head: z.index_fill(2, torch.tensor(head), 0.0),
     ],
     induction.mean_ablation: [
         lambda z, hook, head, r: torch.where(chosen(z, head), r.double().mean(0), z),
-        mean_by_einsum,
-        mean_in_place,
+        lambda z, hook, h, r: set_at(z, s_[:, :, h], torch.einsum("nphd->hpd", r)[h] / len(r)),
+        lambda z, hook, h, r: put(z, s_[:, :, h], reduce(r, "n p h d -> p h d", "mean")[:, h]),
     ],
     induction.normalised_effect: [
         lambda patched, clean, corrupted: (patched - corrupted) / (clean - corrupted),
         lambda patched, clean, corrupted: 1 - (clean - patched) / (clean - corrupted),
         lambda patched, top, low: torch.tensor([(x - low) / (top - low) for x in patched.tolist()]),
     ],
-    induction.patch_head_input: [patch_by_repeating, patch_by_proportion, patch_a_copy],
+    induction.patch_head_input: [
+        lambda x, hook, c, h, n: torch.where(chosen(x, h // (n // x.shape[2])), c, x),
+        lambda x, hook, c, h, n: put(x, s_[:, :, (i := h * x.shape[2] // n)], c[:, :, i]),
+        lambda x, hook, c, h, n: set_at(x, s_[..., (i := h // (n // x.shape[2])), :], c[..., i, :]),
+    ],
     ioi.logit_difference: [
         lambda x, a: torch.stack([r[-1, i] - r[-1, j] for r, (i, j) in zip(x, a, strict=True)]),
         lambda x, a: -x[:, -1].log_softmax(-1).gather(1, a).diff(dim=1)[:, 0],
@@ -263,15 +180,27 @@ RIGHT = {
     ioi.patch_head: [
         lambda z, hook, x, h: torch.cat([z[:, :, :h], x[:, :, [h]], z[:, :, h + 1 :]], dim=2),
         lambda z, hook, x, h: torch.where(chosen(z, h), x, z),
-        patch_head_in_place,
+        lambda z, hook, x, h: put(z, s_[:, :, h], x[:, :, h]),
     ],
-    ioi.patch_position: [patch_position_by_loop, patch_position_by_rows, patch_position_by_mask],
-    ioi.path_patch_hook: [path_in_place, path_by_new_tensor, path_by_where],
-    ioi.copying_score: [copying_by_rank, copying_by_loop, copying_by_sorting],
+    ioi.patch_position: [
+        patch_position_by_loop,
+        lambda x, hook, c, at: put(x, (rows := torch.arange(len(x)), at), c[rows, at]),
+        lambda x, _, c, at: torch.where((torch.arange(x.shape[1]) == at[:, None])[..., None], c, x),
+    ],
+    ioi.path_patch_hook: [
+        path_in_place,
+        lambda z, hook, o, n, s: set_at(o, (i := s_[s[0], :, :, s[1]]), n[i])[hook.layer()],
+        path_by_where,
+    ],
+    ioi.copying_score: [
+        copying_by_rank,
+        copying_by_loop,
+        lambda r, v, o, u, n, k: (n == (r @ v @ o @ u).topk(k).indices.T).any(0).double().mean(),
+    ],
     ioi.mean_ablation: [
         lambda z, hook, m, keep: z * keep[..., None] + m * ~keep[..., None],
-        ablation_by_index,
-        ablation_by_loop,
+        lambda z, hook, m, keep: put(z, ~keep, m[~keep]),
+        lambda z, hook, m, keep: torch.where(keep[..., None], z, m.double()),
     ],
     ioi.faithfulness: [
         lambda circuit, model: circuit.mean() / model.mean(),
@@ -282,21 +211,13 @@ RIGHT = {
 
 
 def corrupt_in_place(tokens, positions):
-    rows = torch.arange(len(tokens))
-    tokens[rows, positions["S2"]] = tokens[rows, positions["IO"]]
-    return tokens
+    s2, io = positions["S2"][:, None], positions["IO"][:, None]
+    return tokens.scatter_(1, s2, tokens.gather(1, io))
 
 
 def path_into_the_cache(z, hook, original, new, sender):
-    z = original[hook.layer()]
-    if hook.layer() == sender.layer:
-        z[:, :, sender.head] = new[sender.layer, :, :, sender.head]
-    return z
-
-
-def zero_a_copy_and_forget_it(z, hook, head):
-    z = z.clone()
-    z[:, :, head] = 0
+    original[sender.layer, :, :, sender.head] = new[sender.layer, :, :, sender.head]
+    return original[hook.layer()]
 
 
 # wrong in no way that the exercise lists: told where the output differs
@@ -308,7 +229,11 @@ WRONG = [
     (induction.composition_score, lambda v, o, q, k: v @ o, "got shape [12, 12], want []"),
     (induction.eigenvalue_copying, lambda e, v, o, u: torch.tensor(0j), "numbers of type"),
     (induction.icl_score, lambda x, e, late: x[:, late - 1] / x[:, e - 1], "off by up to"),
-    (induction.zero_ablation, zero_a_copy_and_forget_it, "return the edited copy"),
+    (
+        induction.zero_ablation,
+        lambda z, _, h: put(z + 0, s_[..., h, :], 0),
+        "the edited copy",
+    ),
     (induction.mean_ablation, lambda z, hook, h, r: r.mean(0), "got shape [4, 3, 5]"),
     (induction.normalised_effect, lambda p, clean, bad: (p - bad) / (clean + 1), "off by up to"),
     (induction.patch_head_input, lambda x, hook, c, h, n: x[:, :, h], "got shape [2, 4, 5]"),

