@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from utils import toy
+from utils.ablation import mean_run
+from utils.edits import heads_from, hooks, record
+from utils.heads import Head
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -30,23 +33,37 @@ def norm(w, name, x):
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
 
 
-def linear(w, name, x):
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+def project(w, name, x):
+    """Linear map, then split into heads: [prompt head pos d_head]."""
+    out = x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    return out.reshape(*x.shape[:2], 4, -1).transpose(1, 2)
 
 
-def forward(model, tokens, n_layers, smear=lambda layer, k: k):
-    """Logits and the patterns of each layer; `smear` may change the keys on the way."""
-    w, patterns = parameters(model), []
+def write(w, layer, z):
+    """Output of attention from z [prompt head pos d_head]."""
+    joined = z.transpose(1, 2).flatten(2)
+    return joined @ w[f"layers.{layer}.attn.o.weight"].T + w[f"layers.{layer}.attn.o.bias"]
+
+
+def pattern_of(q, k):
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def forward(model, tokens, n_layers, edit=lambda layer, name, x, resid, zs: x):
+    """Logits and the patterns of each layer; `edit` may change q, k and v on the way."""
+    w = parameters(model)
     x = w["tok_embed.weight"][tokens] + w["pos.weight"][: tokens.shape[1]]
-    future = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
+    patterns, zs = [], []
     for layer in range(n_layers):
-        name, normal = f"layers.{layer}.attn", norm(w, f"layers.{layer}.ln1", x)
-        split = [linear(w, f"{name}.{site}", normal).unflatten(-1, (4, -1)) for site in "qkv"]
-        q, k, v = (part.transpose(1, 2) for part in split)  # [prompt head pos d_head]
-        scores = q @ smear(layer, k).mT / math.sqrt(q.shape[-1])
-        patterns.append(scores.masked_fill(future, -torch.inf).softmax(-1))
-        z = patterns[-1] @ v
-        x = x + linear(w, f"{name}.o", z.transpose(1, 2).flatten(2))
+        h = norm(w, f"layers.{layer}.ln1", x)
+        q, k, v = (
+            edit(layer, name, project(w, f"layers.{layer}.attn.{name}", h), x, zs) for name in "qkv"
+        )
+        patterns.append(pattern_of(q, k))
+        zs.append(patterns[-1] @ v)
+        x = x + write(w, layer, zs[-1])
     return norm(w, "ln_out", x) @ w["head.weight"].T, patterns
 
 
@@ -95,12 +112,12 @@ def test_smeared_keys_equal_plain_pytorch(batch):
     alpha = torch.tensor([-2.0, 0.0, 0.7, 3.0])
     model.original_model.smear_alpha.copy_(alpha)
 
-    def smear(layer, k):
-        mixed = k.clone()
-        for head in range(4 if layer == 0 else 0):
+    def smear(layer, name, x, resid, zs):
+        mixed = x.clone()
+        for head in range(4 if (layer, name) == (0, "k") else 0):
             s = 1 / (1 + math.exp(-alpha[head]))
-            for pos in range(1, k.shape[2]):
-                mixed[:, head, pos] = s * k[:, head, pos] + (1 - s) * k[:, head, pos - 1]
+            for pos in range(1, x.shape[2]):
+                mixed[:, head, pos] = s * x[:, head, pos] + (1 - s) * x[:, head, pos - 1]
         return mixed
 
     logits, patterns = forward(model, batch, 2, smear)
@@ -169,6 +186,34 @@ def test_share_formed_of_known_curves():
     assert toy.share_formed(steps, ramp, centre=95, width=20) == pytest.approx(0.15)
     assert toy.share_formed(steps, step_at_50, centre=45, width=10) == pytest.approx(1.0)
     assert toy.share_formed(steps, step_at_50, centre=80, width=20) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("site", ["q", "k", "v"])
+@torch.no_grad()
+def test_cut_path_equals_plain_pytorch(site, batch):
+    model = randomise(toy.build_toy(2))
+    writers, reader = [(0, 0), (0, 2)], Head(1, 3)
+    w = parameters(model)
+
+    def cut(layer, name, x, resid, zs):
+        if layer == 0 or name != site:
+            return x
+        z = zs[0].clone()
+        for _, head in writers:
+            z[:, head] = z[:, head].mean(0, keepdim=True)
+        less = resid - write(w, 0, zs[0]) + write(w, 0, z)
+        edited = project(w, f"layers.1.attn.{name}", norm(w, "layers.1.ln1", less))
+        return torch.where(torch.arange(4)[:, None, None] == reader.head, edited, x)
+
+    (wanted, patterns), (clean, _) = forward(model, batch, 2, cut), forward(model, batch, 2)
+    model.enable_compatibility_mode()
+    without = record(model, batch, [site], heads_from(model, writers, mean_run(model, batch)))
+    with model.hooks(fwd_hooks=hooks(heads_from(model, [reader], without, site))):
+        logits, cache = model.run_with_cache(batch)
+    got, wanted, clean = (x.log_softmax(-1) for x in (logits, wanted, clean))
+    assert_close(got, wanted, **CLOSE)
+    assert_close(cache["pattern", 1], patterns[1], rtol=1e-4, atol=1e-5)
+    assert (got - clean).abs().max() > 0.01
 
 
 @torch.no_grad()
