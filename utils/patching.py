@@ -38,7 +38,8 @@ def patch_heads(
     """
     n_heads = n_site_heads(model, site)
     chosen = all_heads(model, site) if heads is None else check_heads(model, heads, site)
-    from_clean = record(model, clean, [site])
+    top = max(head.layer for head in chosen)  # what lies above needs no recording
+    from_clean = record(model, clean, [site], n_layers=top + 1)
     patches = [heads_from(model, [head], from_clean, site) for head in chosen]
     values = sweep(model, corrupted, metric, patches, desc="patching").T
     return values if heads is not None else values.unflatten(1, (model.cfg.n_layers, n_heads))
@@ -70,7 +71,7 @@ def patch_stream(
     places = [only_at(clean, position) for position in positions]
     for layer in layers:
         stream_from(model, layer, 0.0, site)  # raises before anything runs
-    from_clean = record(model, clean, [site])
+    from_clean = record(model, clean, [site], n_layers=max(layers) + 1)
     patches = [stream_from(model, la, from_clean, site, at) for la in layers for at in places]
     values = sweep(model, corrupted, metric, patches, desc="patching")
     return rearrange(values, "(layer pos) prompt -> prompt layer pos", pos=len(positions))

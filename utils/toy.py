@@ -190,3 +190,29 @@ def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> lis
     prefix = score_heads(model, tokens, prefix_matching_score)
     previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
     return [values.mean(0) for values in (*half_losses(loss, LONGEST), icl, prefix, previous)]
+
+
+def tiny_model(n_layers: int = 4, seed: int = 0) -> TransformerBridge:
+    """A random model with MLPs, to try code on in milliseconds: 4 layers of 3 heads, 60 tokens.
+
+    Its weights are large and its norms have scales and biases, so that no path is negligible.
+    """
+    config = TransformerBridgeConfig(
+        n_layers=n_layers,
+        d_model=24,
+        n_heads=3,
+        d_head=8,
+        d_mlp=48,
+        d_vocab=60,
+        n_ctx=64,
+        act_fn="gelu",
+        normalization_type="LN",
+        seed=seed,
+    )
+    model = TransformerBridge.boot_native(config, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.original_model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.enable_compatibility_mode()
+    return model.eval()
