@@ -193,7 +193,7 @@ def test_readme_command_rewrites_tables_alone_and_each_project_keeps_its_own(pro
     assert notebook_outputs.with_tables(top) == top.read_text()
 
 
-STUB = "def double(x):\n    raise NotImplementedError()"
+STUB = "@checks.double\ndef double(x):\n    raise NotImplementedError()"
 SOLUTION = """Think.
 <details><summary>Hint 1</summary>
 
@@ -207,6 +207,7 @@ wrong = 1
 Twice:
 
 ```python
+@checks.double
 def double(x):
     return 2 * x
 ```
@@ -219,48 +220,70 @@ second = 2
 
 @pytest.fixture
 def checks(monkeypatch):
-    module = types.ModuleType("fake_exercises")
+    module, registry = types.ModuleType("fake_exercises"), Exercises()
     parts = {"reference": lambda x: 2 * x, "cases": lambda: {"three": (3.0,)}}
-    mistakes = {"You squared it.": lambda x: x**2}
-    module.double = Exercises().add(number=1, title="double", mistakes=mistakes, **parts)
+    module.double = registry.add(number=1, name="double", title="double", part="A", **parts)
+    judge = lambda answer: None  # noqa: E731
+    module.far = registry.stretch(number=2, name="far", title="far", part="A", judge=judge)
     monkeypatch.setitem(sys.modules, "fake_exercises", module)
     return module
 
 
-def exercise_notebook(stub=STUB, check="checks.double(double)", prose=SOLUTION):
+def exercise_notebook(stub=STUB, prose=SOLUTION):
     progress = new_code_cell("checks.progress()", metadata={"tags": ["nbval-check-output"]})
-    code = map(new_code_cell, ["import fake_exercises as checks", stub, check])
+    code = map(new_code_cell, ["import fake_exercises as checks", stub])
     return new_notebook(cells=[*code, new_markdown_cell(prose), progress])
 
 
 def test_solve_fills_in_solutions_and_expects_what_the_check_prints(checks, capsys):
     notebook = exercise_notebook()
-    _, stub, check, _, progress = notebook_exercises.solve(notebook).cells
-    assert stub.source == "def double(x):\n    return 2 * x"
-    assert check.outputs[0].text == "Exercise 1 (double): right.\n"
-    assert (check.metadata.tags, progress.metadata.tags) == (["nbval-check-output"], [])
-    assert check.execution_count is not None
+    _, stub, _, progress = notebook_exercises.solve(notebook).cells
+    assert stub.source == "@checks.double\ndef double(x):\n    return 2 * x"
+    assert stub.outputs[0].text == "Exercise 1 (double): right. Yours is used below.\n"
+    assert (stub.metadata.tags, progress.metadata.tags) == (["nbval-check-output"], [])
+    assert stub.execution_count is not None
     assert notebook.cells[1].source == STUB
-    exec(f"{stub.source}\n{check.source}", {"checks": checks})
-    assert capsys.readouterr().out == check.outputs[0].text
+    exec(stub.source, {"checks": checks})
+    assert capsys.readouterr().out == stub.outputs[0].text
 
 
-def test_shipped_checks_expect_not_attempted(checks):
+def test_a_stretch_exercise_stays_as_it_is(checks):
+    stub = STUB.replace("double", "far")
+    notebook = exercise_notebook(stub, "<summary>Hint</summary>")
+    assert notebook_exercises.solve(notebook).cells[1].source == stub
+
+
+def test_shipped_stubs_expect_not_attempted(checks):
     notebook = exercise_notebook()
     for _ in range(2):
         notebook_exercises.mark_checks(notebook)
-    check = notebook.cells[2]
-    assert check.outputs[0].text == "Exercise 1 (double): not attempted yet.\n"
-    assert check.metadata.tags == ["nbval-check-output"]
+    stub = notebook.cells[1]
+    assert stub.outputs[0].text == (
+        "Exercise 1 (double): not attempted yet. The library's is used below.\n"
+    )
+    assert stub.metadata.tags == ["nbval-check-output"]
+
+
+def test_wrong_answers_are_wrong_in_turn(checks):
+    notebook = exercise_notebook()
+    notebook.cells += [cell for _ in range(4) for cell in exercise_notebook().cells[1:3]]
+    broken = notebook_exercises.answer_wrong(notebook).cells
+    broken = [cell for cell in broken if cell.cell_type == "code" and "@checks" in cell.source]
+    sources = [cell.source for cell in broken]
+    assert len({*sources}) == 5 and not any(STUB in source for source in sources)
+    fails = ["raises-exception" in cell.metadata.get("tags", []) for cell in broken]
+    assert fails == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"prose": "No help."}, "stub 'double': no solution before the next stub"),
-        ({"prose": SOLUTION.replace("python", "text")}, "no solution"),
-        ({"check": "double(3)"}, "stub 'double': the next code cell does not call its check"),
-        ({"check": "checks.triple(double)"}, "is not a check"),
+        ({"prose": "No help."}, "stub 'double': wants a solution before the next stub"),
+        ({"prose": SOLUTION.replace("python", "text")}, "wants a solution"),
+        ({"stub": STUB.replace("@checks.double\n", "")}, "stub 'double': wants @checks.<name>"),
+        ({"stub": STUB.replace("def double", "def triple")}, "stub 'triple': wants @checks.<name>"),
+        ({"stub": STUB.replace("double", "triple")}, "checks.triple is not a check"),
+        ({"stub": STUB.replace("double", "far")}, "a stretch none"),
     ],
 )
 def test_solve_refuses(checks, changes, text):

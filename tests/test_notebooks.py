@@ -12,10 +12,11 @@ from importlib import import_module
 import nbformat
 import pytest
 
-from tools.notebook_exercises import COMPARED, find_exercises, solve
+from tools.notebook_exercises import COMPARED, answer_wrong, find_exercises, solve
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
 from tools.results import compare
+from utils.exercises import RIGHT, WRONG, Stretch
 from utils.results import HOLDS, ROOT, read_json, write_file
 
 MODEL = "smollm2-135m"
@@ -37,10 +38,6 @@ def notebook(path):
 
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def stub_name(notebook, place):
-    return re.search(r"^def (\w+)", notebook.cells[place.stub].source, re.MULTILINE)[1]
 
 
 def run_env(model, results):
@@ -69,31 +66,61 @@ def test_shipped_notebook_gives_its_committed_results(path, tmp_path, capfd):
 
 
 @pytest.mark.nightly
-def test_solved_notebook_says_right_everywhere(path, notebook, tmp_path, capfd):
+@pytest.mark.parametrize("answers", [solve, answer_wrong])
+def test_answers_right_or_wrong_give_the_same_results(path, notebook, answers, tmp_path, capfd):
     # Below the repository, so that the notebook finds it, as a reader's copy would.
-    solved = ROOT / "build/solved" / path.name
-    write_file(solved, nbformat.writes(solve(notebook)))
-    run_nbval(solved, tmp_path, capfd)
+    answered = ROOT / "build" / answers.__name__ / path.name
+    write_file(answered, nbformat.writes(answers(notebook)))
+    run_nbval(answered, tmp_path, capfd)
+    fresh = read_json(tmp_path / path.parent.name / f"{MODEL}.json")
+    committed = read_json(path.parent / "results" / f"{MODEL}.json")
+    assert compare(fresh, committed) == []
 
 
-def test_on_random_weights_every_answer_is_right_and_no_claim_holds(
+SHORT_TRAINING = """import utils.toy
+train = utils.toy.train_toy
+utils.toy.train_toy = lambda *args, **kwargs: train(*args, **kwargs | {"n_steps": 60})"""
+
+
+def run_on_random_weights(notebook, path, results, folder):
+    """Run on a small random model, toys trained briefly; what the ledger says of each claim."""
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(SHORT_TRAINING))
+    execute(notebook, path.parent, run_env(folder, results), f"{path.stem}, {results.name}")
+    notebook.cells.pop(2)
+    (written,) = results.glob("*/*.json")
+    return {claim["id"]: claim for claim in read_json(written)["claims"]}
+
+
+def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
     path, notebook, tmp_path, capfd, random_gpt2_folder
 ):
-    solved = solve(notebook)
-    checks = [solved.cells[place.check] for place in find_exercises(notebook)]
-    wanted = [cell.outputs[0].text for cell in checks]
-    assert checks and all(text.endswith(": right.\n") for text in wanted)
-    with capfd.disabled():
-        print()
-        env = run_env(random_gpt2_folder, tmp_path)
-        execute(solved, path.parent, env, f"{path.stem}, random weights")
-    assert [cell.outputs[0].text for cell in checks] == wanted
-    (written,) = tmp_path.glob("*/*.json")
-    verdicts = {claim["id"]: claim["verdict"] for claim in read_json(written)["claims"]}
-    about_the_model = {i: v for i, v in verdicts.items() if not i.startswith("toy.")}
+    ways = {"as shipped": notebook, "solved": solve(notebook), "wrong": answer_wrong(notebook)}
+    ledgers = {}
+    for name, answered in ways.items():
+        with capfd.disabled():
+            print()
+            results = tmp_path / name
+            ledgers[name] = run_on_random_weights(answered, path, results, random_gpt2_folder)
+        for place in find_exercises(notebook):
+            outputs = answered.cells[place.stub].outputs
+            said = "".join(output.get("text", "") for output in outputs)
+            right = name == "solved" and place.solution is not None
+            assert (f"{place.exercise}: {RIGHT}." in said) == right, said
+            failed = any(output.output_type == "error" for output in outputs)
+            assert name != "wrong" or failed or WRONG in said, said
+        said = str([cell.get("outputs") for cell in answered.cells])
+        assert "takes over" not in said
+    shipped = ledgers["as shipped"]
+    for ledger in ledgers.values():
+        assert {i: c["verdict"] for i, c in ledger.items()} == {
+            i: c["verdict"] for i, c in shipped.items()
+        }
+        for i, claim in ledger.items():
+            assert claim["measured"] == pytest.approx(shipped[i]["measured"], 1e-4, 1e-4), i
     committed = read_json(path.parent / "results" / f"{MODEL}.json")
-    assert set(verdicts) == {claim["id"] for claim in committed["claims"]}
-    assert about_the_model and HOLDS not in about_the_model.values()
+    assert set(shipped) == {claim["id"] for claim in committed["claims"]}
+    held = [i for i, claim in shipped.items() if claim["verdict"] == HOLDS]
+    assert [i for i in held if not i.startswith("toy.")] == []
 
 
 def test_every_claim_of_the_notebook_is_tested(path):
@@ -123,28 +150,48 @@ def test_no_head_is_named_that_was_not_computed(notebook):
 def test_exercises_are_in_order_and_have_help(notebook):
     places = find_exercises(notebook)
     assert [place.exercise.number for place in places] == list(range(1, len(places) + 1))
-    assert len(places) >= 8
     ends = [place.stub for place in places[1:]] + [len(notebook.cells)]
     for place, end in zip(places, ends, strict=True):
-        stub, above = notebook.cells[place.stub].source, notebook.cells[place.stub - 1].source
-        name = stub_name(notebook, place)
-        assert f"Exercise {place.exercise.number}" in above and '"""' in stub
-        assert f"({name})" in notebook.cells[place.check].source
-        assert f"def {name}(" in place.solution
-        help_text = "\n".join(cell.source for cell in notebook.cells[place.check : end])
+        above = notebook.cells[place.stub - 1].source
+        assert f"### Exercise {place.exercise.number}: " in above
+        assert re.search(r"Difficulty [1-5] of 5, about \d+ minutes", above)
+        assert '"""' in notebook.cells[place.stub].source
+        help_text = "\n".join(cell.source for cell in notebook.cells[place.stub : end])
         assert "<summary>Hint" in help_text
         assert help_text.count("<details>") == help_text.count("</details>")
+        if place.solution:
+            lines = f"@checks.{place.exercise.name}\ndef {place.exercise.name}("
+            assert lines in place.solution
 
 
-def test_nothing_depends_on_an_answer_and_progress_is_shown_at_the_end(notebook):
+def test_answers_are_used_below_and_progress_is_shown_at_the_end(notebook):
     for place in find_exercises(notebook):
         # A dot before the name means a function of utils.
-        mention = re.compile(rf"(?<![\w.]){stub_name(notebook, place)}\b")
-        allowed = (notebook.cells[place.stub].id, notebook.cells[place.check].id)
-        others = [cell.source for cell in code(notebook) if cell.id not in allowed]
-        assert [source for source in others if mention.search(source)] == []
+        mention = re.compile(rf"(?<![\w.]){place.exercise.name}\b")
+        below = [c.source for c in notebook.cells[place.stub + 1 :] if c.cell_type == "code"]
+        used = any(mention.search(source) for source in below)
+        assert used or isinstance(place.exercise, Stretch), place.exercise
     source = "\n".join(cell.source for cell in code(notebook))
     assert source.rindex("checks.progress()") > source.rindex("raise NotImplementedError()")
+
+
+def test_a_learner_predicts_before_looking(notebook):
+    cells = notebook.cells
+    asked = [i for i, cell in enumerate(cells) if "checks.predict(" in cell.source]
+    assert len(asked) >= 5
+    for i, end in zip(asked, [*asked[1:], len(cells)], strict=True):
+        assert "mine=None" in cells[i].source
+        below = "\n".join(c.source for c in cells[i:end] if c.cell_type == "markdown")
+        assert "<details><summary>What is seen" in below
+
+
+def test_there_are_enough_exercises_and_experiments():
+    places = [p for path in NOTEBOOKS for p in find_exercises(nbformat.read(path, as_version=4))]
+    runs = re.compile(r"model\(|run_with|run_circuit|toy\w*\(|record\(|sweep\(")
+    bodies = [place.solution.split('"""')[-1] for place in places if place.solution]
+    long = [body for body in bodies if len(body.strip().splitlines()) >= 5]
+    assert len(places) >= 28
+    assert sum(bool(runs.search(body)) for body in long) >= 12
 
 
 def test_first_cells(path, notebook):
@@ -163,8 +210,8 @@ def test_committed_outputs_are_complete_and_light(path, notebook):
     assert counts == list(range(1, len(counts) + 1))
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    checks = [notebook.cells[place.check] for place in find_exercises(notebook)]
-    assert all(cell.outputs[0].text.endswith(": not attempted yet.\n") for cell in checks)
+    checks = [notebook.cells[place.stub] for place in find_exercises(notebook)]
+    assert all(": not attempted yet. " in cell.outputs[0].text for cell in checks)
     assert all(COMPARED in cell.metadata.tags for cell in checks)
 
 
