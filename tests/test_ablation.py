@@ -140,6 +140,7 @@ def test_random_control_takes_other_heads_of_the_same_layers(smollm2):
     [
         (lambda m: mean_run(m, torch.ones(2).long()), "tokens must be .*prompt pos"),
         (lambda m: mean_run(m, torch.ones(0, 1).long()), "tokens is empty"),
+        (lambda m: mean_run(m, torch.ones(3, 1).long(), False), "prompts of one token"),
         (lambda m: losses(m, torch.ones(1, 4).long(), {}, columns=[3]), r"columns .* 0\.\.2"),
         (
             lambda m: losses(m, torch.ones(1, 4).long(), {"a": []}, columns=[]),

@@ -19,18 +19,20 @@ LINES = {
     "utils/heads.py": 195,
     "utils/metrics.py": 180,
     "utils/edits.py": 240,
-    "utils/ablation.py": 130,
+    "utils/ablation.py": 135,
     "utils/patching.py": 110,
     "utils/paths.py": 180,
     "utils/circuit.py": 265,
     "utils/attribution.py": 220,
     "utils/weights.py": 250,
-    "utils/toy.py": 200,  # the analysis part ends here
+    "utils/toy.py": 220,  # the analysis part ends here
     "utils/prompts.py": 185,
     "utils/ioi.py": 260,
     "utils/plotting.py": 305,
     "utils/diagram.py": 155,
-    "utils/exercises.py": 220,
+    "utils/exercises.py": 425,
+    "utils/diagnosis.py": 220,
+    "utils/learner.py": 150,
     "utils/ledger.py": 135,
     "utils/results.py": 100,
     "utils/typed.py": 60,
@@ -47,16 +49,16 @@ LINES = {
     "utils/models/folder.py": 110,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 4420,
-    "project-1-induction-heads/*_exercises.py": 550,
+    "utils/**/*.py": 5030,
+    "project-1-induction-heads/*_exercises.py": 750,
     "project-1-induction-heads/*_claims.py": 250,
-    "project-2-Indirect-Object-Identification/*_exercises.py": 550,
+    "project-2-Indirect-Object-Identification/*_exercises.py": 750,
     "project-2-Indirect-Object-Identification/*_claims.py": 270,
-    "tools/*.py": 1250,
+    "tools/*.py": 1280,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 6555,
+    "tests/*.py": 7200,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 1870
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 1895
 
 
 def n_lines(*patterns):

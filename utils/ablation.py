@@ -31,8 +31,11 @@ def mean_run(
     """The mean output z of every head over prompts: at each position, or over positions too.
 
     The mean over positions leaves out the first, whose output is unlike all others. Activations are
-    [1 pos head d_head], pos = 1 for a mean over positions. Raises as `check_tokens`.
+    [1 pos head d_head], pos = 1 for a mean over positions. Raises as `check_tokens`, and ValueError
+    for a mean over the positions of prompts of one token.
     """
+    if not per_position and tokens.shape[1] < 2:
+        raise ValueError("tokens: a mean over positions needs 2 or more, got prompts of one token")
     total: dict[str, Tensor] = {}
     for batch in token_batches(model, tokens):
         for name, z in record(model, batch, ["z"]).activations.items():

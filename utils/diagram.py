@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from utils.plotting import COLOURS, PNG_WIDTH
 
-END = "logits"
+LOGITS = "logits"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
 GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
 
@@ -47,7 +47,7 @@ def circuit_diagram(
     _check(roles, edges, levels)
     boxes = _boxes({name: heads for name, heads in roles.items() if len(heads)}, levels)
     edges = [edge for edge in edges if edge[0] in boxes and edge[1] in boxes]
-    rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[END].row + 1)]
+    rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[LOGITS].row + 1)]
     height = _place(rows)
     chains = [_chain(boxes[sender], boxes[receiver], rows) for sender, receiver, *_ in edges]
     _place([sorted(row, key=lambda box: box.x) for row in rows])
@@ -55,7 +55,7 @@ def circuit_diagram(
     fig = go.Figure()
     _draw_arrows(fig, edges, chains)
     for i, box in enumerate(boxes.values()):
-        colour = "#404040" if box is boxes[END] else COLOURS[i % len(COLOURS)]
+        colour = "#404040" if box is boxes[LOGITS] else COLOURS[i % len(COLOURS)]
         corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
         look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
         fig.add_shape(type="rect", label_text=box.text, **corners, **look)
@@ -67,17 +67,17 @@ def circuit_diagram(
 
 
 def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
-    if END in roles:
-        raise ValueError(f"roles: {END!r} is the box at the top, give it no heads")
+    if LOGITS in roles:
+        raise ValueError(f"roles: {LOGITS!r} is the box at the top, give it no heads")
     if not any(len(heads) for heads in roles.values()):
         raise ValueError("roles: got no role with heads, want at least one")
     if missing := [name for name in roles if name not in levels]:
         raise ValueError(f"levels: got none for {', '.join(missing)}")
     for sender, receiver, *_ in edges:
         arrow = f"edges: {sender!r} to {receiver!r}"
-        if sender not in roles or receiver not in (*roles, END):
+        if sender not in roles or receiver not in (*roles, LOGITS):
             raise ValueError(f"{arrow} names no role")
-        if receiver != END and levels[receiver] <= levels[sender]:
+        if receiver != LOGITS and levels[receiver] <= levels[sender]:
             got = f"{levels[sender]} to {levels[receiver]}"
             raise ValueError(f"{arrow} must go to a higher level, got {got}")
 
@@ -95,7 +95,7 @@ def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
         width = max(110, LETTER * max(map(len, header + heads)) + LINE)
         height = LINE * (len(header + heads) + 1)
         boxes[name] = Box(used.index(levels[name]), text, width, height)
-    return boxes | {END: Box(len(used), f"<b>{END}</b>", 110, 2 * LINE)}
+    return boxes | {LOGITS: Box(len(used), f"<b>{LOGITS}</b>", 110, 2 * LINE)}
 
 
 def _place(rows: list[list[Box]]) -> float:
