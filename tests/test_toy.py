@@ -216,6 +216,13 @@ def test_cut_path_equals_plain_pytorch(site, batch):
     assert (got - clean).abs().max() > 0.01
 
 
+def test_previous_token_match_is_refused_for_a_large_vocabulary():
+    model = toy.tiny_model()
+    model.cfg.d_vocab = 50_000
+    with pytest.raises(ValueError, match="model has 50000 tokens: want 10,000 at most"):
+        toy.previous_token_match(model, [(0, 0)], (1, 0))
+
+
 @torch.no_grad()
 def test_previous_token_match_equals_loops():
     model = randomise(toy.build_toy(2))

@@ -22,10 +22,23 @@ def set_up(project: str) -> None:
     Raises RuntimeError as `install_missing` does.
     """
     folder = ROOT / project
+    name_model_from_anywhere()
     os.chdir(folder)  # relative files such as results/toy_seeds.json
     sys.path[:0] = [str(ROOT), str(folder)]
     if "google.colab" in sys.modules:
         install_missing(ROOT / "requirements.txt")
+
+
+def name_model_from_anywhere() -> None:
+    """Make MECH_INTERP_MODEL absolute if it is a folder, seen from where the command was given.
+
+    (Else from here.) The notebook works in another folder, where a relative path leads nowhere.
+    """
+    name = os.environ.get("MECH_INTERP_MODEL")
+    for start in (os.environ.get("PWD", ""), ""):
+        if name and (path := Path(start, name).expanduser()).is_dir():
+            os.environ["MECH_INTERP_MODEL"] = str(path.resolve())
+            return
 
 
 def install_missing(requirements: Path) -> None:

@@ -174,8 +174,11 @@ def previous_token_match(
     W_E W_QK (W_E W_OV)^T with the reader's W_QK and the writers' W_OV, summed over writers: row =
     token of the query, column = token that the writers copied from the position before the key
     (Elhage et al. 2021, "two-layer attention-only transformers"). A large diagonal means "same
-    token, one later". LayerNorm's scale and the attention scale are left out.
+    token, one later". LayerNorm's scale and the attention scale are left out. Raises ValueError for
+    a vocabulary of more than 10,000 tokens: the matrix would take gigabytes.
     """
+    if model.cfg.d_vocab > 10_000:
+        raise ValueError(f"model has {model.cfg.d_vocab} tokens: want 10,000 at most, as a toy has")
     (w_q,), (w_k,) = qk_weights(model, [reader])
     w_v, w_o = ov_weights(model, writers)
     left_behind = model.W_E @ (w_v @ w_o).sum(0)

@@ -1,6 +1,7 @@
 """A model in a folder: Hugging Face format, safetensors only, and no code of its own is run."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,10 @@ from transformer_lens.model_bridge.sources.transformers import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+ONLY_SAFETENSORS = (
+    "weights are read from safetensors files in the folder only, never from pickled files such as "
+    "pytorch_model.bin, because unpickling can run any code"
+)
 ON_DISK = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -28,20 +33,33 @@ def missing_part(folder: Path) -> str | None:
     """What `folder` lacks to be a model in Hugging Face format with safetensors, or None."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
     index, needed = "model.safetensors.index.json", {"model.safetensors"}
-    if index in present and not needed <= present:  # the weights are in several files
-        needed = set(re.findall(r"[\w.-]+\.safetensors", (folder / index).read_text("latin-1")))
-        if not needed:
-            return f"{folder / index} is damaged"
     if "config.json" not in present:
         return f"{folder} has no config.json, so it is no model in Hugging Face format"
+    config = _read_dict(folder / "config.json")
+    if config is not None and "transformers_weights" in config:
+        return f"{folder / 'config.json'} names weights of its own: {ONLY_SAFETENSORS}"
+    if index in present and not needed <= present:  # the weights are in several files
+        listed = (_read_dict(folder / index) or {}).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            return f"{folder / index} is damaged"
+        needed = {str(name) for name in listed.values()}
+        strange = [name for name in needed if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+        if strange:
+            return f"{folder / index} names {min(strange)!r}: {ONLY_SAFETENSORS}"
     if lost := sorted(needed - present):
-        return (
-            f"{folder} has no {lost[0]}; weights are read from safetensors only, never from "
-            "pickled files such as pytorch_model.bin, because unpickling can run any code"
-        )
+        return f"{folder} has no {lost[0]}; {ONLY_SAFETENSORS}"
     if present.isdisjoint(TOKENIZER_FILES):
         return f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)})"
     return None
+
+
+def _read_dict(path: Path) -> dict | None:
+    """The JSON object in a file, or None if there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_supported(folder: Path) -> bool:
