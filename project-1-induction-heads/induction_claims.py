@@ -1,10 +1,12 @@
 """The claims that the induction-heads notebook tests: who made them, and when they hold for us.
 
 `holds` is `rule` as a function of what the notebook records. The published figures are for
-comparison only. Lists of heads run from the strongest to the weakest, and may be empty.
+comparison only. Lists of heads run from the strongest to the weakest, and may be empty. A bound is
+passed by more than two standard errors of what is compared; within them a claim is undecided.
 """
 
 from utils.ledger import Claim
+from utils.rules import above, below, every
 
 OLSSON = "Olsson et al. 2022"
 ELHAGE = "Elhage et al. 2021"
@@ -88,7 +90,7 @@ CLAIMS: dict[str, Claim] = {
         published_model=GPT2,
         rule="Measured: loss on the second copy, in nats per token. Holds when it is below half "
         "the loss on the first copy.",
-        holds=lambda second_copy, first_copy: second_copy.mean < first_copy.mean / 2,
+        holds=lambda second_copy, first_copy: below(second_copy, first_copy.mean / 2),
     ),
     "lm.induction_heads": Claim(
         "A few heads attend almost wholly to the token after an earlier copy",
@@ -115,8 +117,8 @@ CLAIMS: dict[str, Claim] = {
         published_model="40 layers, three example heads",
         rule="Measured: mean copying score of the induction heads, -1 to 1. Holds when there are "
         "induction heads and their mean is above zero and above that of all heads.",
-        holds=lambda copying, all_heads, induction: (
-            bool(induction) and copying.mean > 0 and copying.mean > all_heads.mean
+        holds=lambda copying, all_heads, induction: every(
+            bool(induction), above(copying, 0), above(copying, all_heads)
         ),
     ),
     "lm.previous_token_heads": Claim(
@@ -144,8 +146,8 @@ CLAIMS: dict[str, Claim] = {
         published=-0.4,
         published_model="2 to 40 layers",
         rule="Measured: loss late in the text minus loss early, in nats. Holds when it is below "
-        "zero by more than two standard errors.",
-        holds=lambda icl: icl.mean < -2 * icl.stderr,
+        "zero.",
+        holds=lambda icl: below(icl, 0),
     ),
     "lm.ablation": Claim(
         "Ablating the induction heads removes most of the gain on a repeat; ablating as many "
@@ -153,7 +155,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 3",
         rule="Measured: share of the gain on the second copy that mean ablation of the largest "
         "set removes. Holds when it is above a half, and below a quarter for the random control.",
-        holds=lambda lost, control: lost.mean > 0.5 and control.mean < 0.25,
+        holds=lambda lost, control: every(above(lost, 0.5), below(control, 0.25)),
         needs=("lm.repeat_loss",),
     ),
     "lm.icl_ablation": Claim(
@@ -162,10 +164,10 @@ CLAIMS: dict[str, Claim] = {
         published="almost all of it",
         published_model="small attention-only models",
         rule="Measured: change of the in-context-learning score under zero ablation of the largest "
-        "set, in nats. Holds when it is above half of the score itself, and above the random "
-        "control's change by more than two standard errors.",
-        holds=lambda change, icl, over_control: (
-            change.mean > abs(icl.mean) / 2 and over_control.mean > 2 * over_control.stderr
+        "set, in nats. Holds when it is above half of the score itself, and its difference from "
+        "the random control's change is above zero.",
+        holds=lambda change, icl, over_control: every(
+            above(change, abs(icl.mean) / 2), above(over_control, 0)
         ),
         needs=("lm.icl_score",),
     ),
@@ -173,9 +175,8 @@ CLAIMS: dict[str, Claim] = {
         "Zero ablation overstates what a head does, compared with mean ablation",
         "Wang et al. 2022, section 2.1",
         rule="Measured: share of the gain removed by zero ablation minus the share removed by mean "
-        "ablation, over all sizes of set. Holds when it is above zero by more than two standard "
-        "errors.",
-        holds=lambda gap: gap.mean > 2 * gap.stderr,
+        "ablation, over all sizes of set. Holds when it is above zero.",
+        holds=lambda gap: above(gap, 0),
         needs=("lm.repeat_loss",),
     ),
     "lm.patching_kqv": Claim(
@@ -183,13 +184,9 @@ CLAIMS: dict[str, Claim] = {
         "induction heads' queries, keys and values respectively",
         f"{ELHAGE}, induction heads",
         rule="Measured: effect of the input that should carry a change minus that of the better "
-        "other input, for the weakest of the three changes. Holds when it is above 0.1, and above "
-        "zero by more than two standard errors, as is the model's own preference for the answer.",
-        holds=lambda weakest, clean: (
-            weakest.mean > 0.1
-            and weakest.mean > 2 * weakest.stderr
-            and clean.mean > 2 * clean.stderr
-        ),
+        "other input, for the weakest of the three changes. Holds when it is above 0.1, and the "
+        "model's own preference for the answer above zero.",
+        holds=lambda weakest, clean: every(above(weakest, 0.1), above(clean, 0)),
     ),
     "lm.k_composition": Claim(
         "The weights of a previous-token head compose with induction heads' keys more than those "

@@ -13,10 +13,16 @@ from utils.heads import Head
 from utils.ledger import Claim, Ledger
 from utils.metrics import Estimate
 from utils.results import merge_seeds, read_json, write_json
+from utils.rules import above, at_least, below, every
+
+
+def loss(figure):
+    return below(figure._replace(n=1), 4)
+
 
 CLAIMS = {
     "toy.copying": Claim("It copies", "p", "r.", lambda mean: mean > 0.4),
-    "lm.loss": Claim("Loss", "s. 2", "r.", lambda x, heads=(): x.mean < 4, 0.18, "gpt2-small"),
+    "lm.loss": Claim("Loss", "s. 2", "r.", lambda x, heads=(): loss(x), 0.18, "gpt2-small"),
     "lm.needy": Claim("More", "p", "r.", lambda x: x > 0, needs=("lm.loss",)),
 }
 
@@ -95,6 +101,44 @@ def test_a_claim_holds_only_with_those_it_needs(ledger):
         assert verdicts(ledger) == {"lm.loss": "holds", "lm.needy": verdict}
 
 
+def test_within_two_standard_errors_a_claim_is_undecided_and_so_is_what_needs_it(ledger):
+    for mean, verdict in (
+        (3.7, "holds"),
+        (3.9, "undecided"),
+        (4.1, "undecided"),
+        (4.3, "does not hold"),
+    ):
+        ledger.record("lm.loss", Estimate(mean, 0.1, 8))
+        for figure, needy in ((1.0, verdict), (-1.0, "does not hold")):
+            ledger.record("lm.needy", figure)
+            assert verdicts(ledger) == {"lm.loss": verdict, "lm.needy": needy}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "is_"),
+    [
+        (above(0.6, 0.5), True),
+        (above(0.5, 0.5), False),
+        (at_least(0.5, 0.5), True),
+        (below(0.5, 0.5), False),
+        (above(Estimate(0.6, 0.04, 9), 0.5), True),
+        (above(Estimate(0.6, 0.05, 9), 0.5), None),
+        (above(Estimate(0.45, 0.05, 9), 0.5), None),
+        (above(Estimate(0.3, 0.05, 9), 0.5), False),
+        (below(Estimate(0.3, 0.05, 9), 0.5), True),
+        (above(Estimate(0.6, math.nan, 1), 0.5), None),
+        (above(Estimate(1.0, 0.3, 9), Estimate(0.0, 0.4, 9)), None),  # together 0.5
+        (above(Estimate(1.0, 0.24, 9), Estimate(0.0, 0.4, 9)), True),
+        (every(True, None, True), None),
+        (every(True, None, False), False),
+        (every(True, 0), False),
+        (every(), True),
+    ],
+)
+def test_comparisons_know_when_they_cannot_tell(verdict, is_):
+    assert verdict is is_
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     write_json(path := tmp_path / "a.json", {"old": 1})
     monkeypatch.setattr("os.replace", Mock(side_effect=OSError("disk full")))
@@ -137,7 +181,7 @@ def test_table_shows_figures_and_verdicts(ledger, tmp_path):
     assert ledger.table(seeds).equals(table)  # no such file yet
     write_json(seeds, {"1": run(entry("toy.copying", 0.7, holds=False))})
     row = list(ledger.table(seeds).loc["toy.copying", ["ours", "verdict"]])
-    assert row == ["0.60 ± 0.10 (n = 2 seeds)", "does not hold (in 1 of 2 seeds)"]
+    assert row == ["0.60 ± 0.10 (n = 2 seeds)", "undecided (in 1 of 2 seeds)"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +236,7 @@ def test_merge_seeds_averages_toy_claims_only():
     toy, lm = merge_seeds(full, seeds)["claims"]
     assert toy["measured"] == pytest.approx(0.7)
     assert toy["stderr"] == pytest.approx(0.2 / math.sqrt(3), rel=1e-3)
-    assert (toy["n"], toy["verdict"], toy["holds_in"]) == (3, "does not hold", "2/3")
+    assert (toy["n"], toy["verdict"], toy["holds_in"]) == (3, "undecided", "2/3")
     assert lm == full["claims"][1]
     assert full["claims"][0]["measured"] == 0.5  # the input is as it was
 

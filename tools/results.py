@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results import HOLDS, cells, read_json, verdict
+from utils.results import FAILS, HOLDS, UNDECIDED, cells, read_json, verdict
 
 
 def compare(fresh: dict, committed: dict) -> list[str]:
@@ -52,7 +52,7 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
 
 
 def summary(ledger: dict, claim_ids: Sequence[str]) -> str:
-    """How many claims hold, the named ones of them, and all that do not, as Markdown.
+    """How many claims hold, the named ones of them, the undecided, and all that do not.
 
     Raises ValueError for an id that is not in the ledger.
     """
@@ -62,8 +62,10 @@ def summary(ledger: dict, claim_ids: Sequence[str]) -> str:
     held = [i for i, claim in claims.items() if claim["verdict"] == HOLDS]
     head = f"{len(held)} of {len(claims)} claims hold for `{ledger['model']}`, among them:\n\n"
     text = head + "\n".join(_line(claims[i]) for i in claim_ids if i in held) + "\n"
-    failing = [_line(claim) for i, claim in claims.items() if i not in held]
-    return text + ("\nThese do not hold:\n\n" + "\n".join(failing) + "\n" if failing else "")
+    for verdict_, head in ((UNDECIDED, "These are undecided"), (FAILS, "These do not hold")):
+        lines = [_line(claim) for claim in claims.values() if claim["verdict"] == verdict_]
+        text += f"\n{head}:\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return text
 
 
 def _line(claim: dict) -> str:

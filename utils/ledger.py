@@ -18,19 +18,31 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from utils.results import FAILS, HOLDS, ROOT, cells, merge_seeds, plain, read_json, write_json
+from utils.results import (
+    FAILS,
+    HOLDS,
+    ROOT,
+    UNDECIDED,
+    cells,
+    merge_seeds,
+    plain,
+    read_json,
+    write_json,
+)
+from utils.rules import Verdict, every
 
 
 class Claim(NamedTuple):
     """A published claim and our rule, in words and computed; the published figure decides nothing.
 
-    `holds` takes what the notebook records, the reported figure first.
+    `holds` takes what the notebook records, the reported figure first, and gives True, False, or
+    None where the figures cannot tell (`utils.rules`).
     """
 
     statement: str
     source: str
     rule: str
-    holds: Callable[..., bool]
+    holds: Callable[..., Verdict]
     published: float | str | None = None
     published_model: str | None = None
     needs: tuple[str, ...] = ()  # claims without which this one does not hold
@@ -62,28 +74,28 @@ class Ledger:
         """Report `measured`, a number or an `Estimate`; the claim's rule decides from everything.
 
         It does not hold when a claim that it needs does not, or a figure is None, NaN or (if it is
-        reported) infinite. A second record of a claim replaces the first; if its verdict is
-        another, what needs it has to be recorded again. Raises ValueError for an unknown id, or
-        when a claim that it needs was not recorded, TypeError for figures that are not the rule's.
+        reported) infinite; it is undecided where its rule is, or a claim that it needs. A second
+        record of a claim replaces the first; if its verdict is another, what needs it has to be
+        recorded again. Raises ValueError for an unknown id, or when a claim that it needs was not
+        recorded, TypeError for figures that are not the rule's.
         """
         if claim_id not in self.claims:
             raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
         claim = self.claims[claim_id]
         entries = {entry["id"]: entry for entry in self.data["claims"]}
         before = entries.get(claim_id)
-        for needed in claim.needs:
-            if needed not in entries:
-                raise ValueError(f"{claim_id} needs {needed}, which was not recorded before it")
+        for other in claim.needs:
+            if other not in entries:
+                raise ValueError(f"{claim_id} needs {other}, which was not recorded before it")
         value, stderr, n = measured if isinstance(measured, tuple) else (measured, None, None)
-        holds = (
-            plain(value) is not None
-            and all(map(_known, (*others, *named.values())))
-            and all(entries[needed]["verdict"] == HOLDS for needed in claim.needs)
-        )
+        known = plain(value) is not None and all(map(_known, (*others, *named.values())))
+        verdicts = {HOLDS: True, FAILS: False, UNDECIDED: None}
+        needed = every(known, *(verdicts[entries[other]["verdict"]] for other in claim.needs))
         try:
-            holds = holds and claim.holds(measured, *others, **named)
+            holds = False if needed is False else claim.holds(measured, *others, **named)
         except (AttributeError, TypeError) as error:
             raise TypeError(f"{claim_id}: its rule cannot use these figures: {error}") from error
+        holds = every(needed, holds)
         entries[claim_id] = {
             "id": claim_id,
             "statement": claim.statement,
@@ -93,7 +105,7 @@ class Ledger:
             "measured": plain(value),
             "stderr": plain(stderr),
             "n": n,
-            "verdict": HOLDS if holds else FAILS,
+            "verdict": UNDECIDED if holds is None else HOLDS if holds else FAILS,
         }
         if before and before["verdict"] != entries[claim_id]["verdict"]:
             for other in [i for i in entries if claim_id in self.claims[i].needs]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
-HOLDS, FAILS = "holds", "does not hold"
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 
 def read_json(path: str | Path) -> dict:
@@ -70,8 +70,9 @@ def verdict(claim: dict) -> str:
 def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:
     """The ledger `full` with its toy claims averaged over its own seed and those in `seeds`.
 
-    measured, stderr and n are then over seeds; a claim holds if it does for every seed, and
-    `holds_in` says for how many, such as "4/5". Raises ValueError if a seed lacks a toy claim.
+    measured, stderr and n are then over seeds. A claim holds, or does not, if it is so for every
+    seed, and is undecided otherwise; `holds_in` says for how many it holds, such as "4/5". Raises
+    ValueError if a seed lacks a toy claim.
     """
     by_seed = [{c["id"]: c for c in run["claims"]} for run in [full, *seeds]]
     claims = []
@@ -87,10 +88,11 @@ def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:
 def _over_seeds(runs: list[dict]) -> dict:
     values = [r["measured"] for r in runs if r["measured"] is not None]
     held, n = sum(r["verdict"] == HOLDS for r in runs), len(values)
+    verdicts = {r["verdict"] for r in runs}
     return {
         "measured": plain(mean(values)) if values else None,
         "stderr": plain(stdev(values) / math.sqrt(n)) if n > 1 else None,
         "n": n,
-        "verdict": HOLDS if held == len(runs) else FAILS,
+        "verdict": verdicts.pop() if len(verdicts) == 1 else UNDECIDED,
         "holds_in": f"{held}/{len(runs)}",
     }
