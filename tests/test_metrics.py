@@ -101,6 +101,27 @@ def test_normalised_effect_is_zero_for_corrupted_and_one_for_clean_on_average():
     assert effect[:, 1].tolist() == pytest.approx([5 / 3, 1 / 3])
 
 
+def test_strata_leave_the_spread_between_them_out():
+    strata = torch.tensor([0, 1, 2]).repeat(8)
+    values = torch.randn(24, generator=torch.Generator().manual_seed(0)) + 10.0 * strata
+    stratified, plain = metrics.estimate(values, strata), metrics.estimate(values)
+    assert stratified.mean == plain.mean and stratified.stderr < plain.stderr / 5
+    means = [metrics.estimate(values[strata == i]) for i in range(3)]
+    assert stratified.stderr == pytest.approx(math.hypot(*(m.stderr for m in means)) / 3)
+    one = metrics.estimate(values, torch.zeros(24, dtype=torch.int64))
+    assert one == pytest.approx(plain)
+
+
+def test_a_share_is_never_certain():
+    got = metrics.proportion(torch.ones(64) > 0)
+    assert (got.mean, got.n) == (1.0, 64)
+    # Wilson's interval for 64 of 64 is 0.943 to 1
+    assert 1.96 * got.stderr == pytest.approx((1 - 0.9434) / 2, abs=1e-3)
+    half = torch.arange(1000) < 500
+    usual = metrics.estimate(half.float())
+    assert metrics.proportion(half).stderr == pytest.approx(usual.stderr, rel=0.01)
+
+
 def test_estimate_equals_the_statistics_module():
     values = [0.3, 1.7, 2.2, 5.0]
     got = metrics.estimate(torch.tensor(values))
@@ -130,6 +151,8 @@ MISFIT = r"answers must be .*prompt=2.*\[3, 2\]"
     ("metric", "arguments", "message"),
     [
         ("estimate", [ones(0)], "values is empty"),
+        ("estimate", [ones(3), torch.tensor([0, 0, 1])], "strata: want two values or more in each"),
+        ("proportion", [ones(0) > 0], "successes is empty"),
         ("estimate", [ones(2, 2)], r"values must be .*shape \[2, 2\]"),
         ("half_losses", [ones(4), 2], r"loss must be .*prompt column.*shape \[4\]"),
         ("half_losses", [ones(2, 9), 5], "at least 10 columns, got 9"),

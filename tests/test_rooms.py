@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in ROOT.glob("project-*/*.ipy
 # Lines at most. Raising a number is a decision: is what needs it worth a reader's time?
 LINES = {
     "utils/heads.py": 195,
-    "utils/metrics.py": 180,
+    "utils/metrics.py": 205,
     "utils/edits.py": 240,
     "utils/ablation.py": 135,
     "utils/patching.py": 110,
@@ -25,6 +25,7 @@ LINES = {
     "utils/circuit.py": 265,
     "utils/attribution.py": 220,
     "utils/weights.py": 250,
+    "utils/selection.py": 100,
     "utils/toy.py": 225,  # the analysis part ends here
     "utils/prompts.py": 185,
     "utils/ioi.py": 260,
@@ -50,16 +51,16 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 5145,
+    "utils/**/*.py": 5265,
     "project-1-induction-heads/*_exercises.py": 750,
     "project-1-induction-heads/*_claims.py": 250,
     "project-2-Indirect-Object-Identification/*_exercises.py": 750,
     "project-2-Indirect-Object-Identification/*_claims.py": 270,
     "tools/*.py": 1280,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 7300,
+    "tests/*.py": 7420,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 1895
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2015
 
 
 def n_lines(*patterns):

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
@@ -40,13 +40,36 @@ class HalfLosses(NamedTuple):
 
 
 @checked
-def estimate(values: Float[Tensor, "n"]) -> Estimate:
-    """Mean and standard error (sample standard deviation / sqrt(n)); nan error for one value."""
+def estimate(values: Float[Tensor, "n"], strata: Int[Tensor, "n"] | None = None) -> Estimate:
+    """Mean and its standard error: sample standard deviation / sqrt(n); nan error for one value.
+
+    With `strata`, such as frame and order, of which every sample has the same shares, only the
+    spread within them counts. Raises ValueError for no values, or a stratum with a single one.
+    """
     if len(values) == 0:
         raise ValueError("values is empty, want at least one")
-    n = len(values)
-    stderr = values.float().std().item() / math.sqrt(n) if n > 1 else math.nan
-    return Estimate(values.float().mean().item(), stderr, n)
+    values, n = values.float(), len(values)
+    if strata is None:
+        strata = torch.zeros(n, dtype=torch.int64, device=values.device)
+    groups = [values[strata == stratum] for stratum in strata.unique()]
+    if n > 1 and min(map(len, groups)) < 2:
+        raise ValueError("strata: want two values or more in each")
+    variance = sum(len(group) * group.var() for group in groups) / n if n > 1 else math.nan
+    return Estimate(values.mean().item(), math.sqrt(variance / n), n)
+
+
+@checked
+def proportion(successes: Bool[Tensor, "n"]) -> Estimate:
+    """A share with the half-width of its Wilson interval over 1.96 as standard error (Wilson 1927).
+
+    Unlike the usual error it is not zero where all succeed, or none. ValueError for no values.
+    """
+    if len(successes) == 0:
+        raise ValueError("successes is empty, want at least one")
+    n, z = len(successes), 1.96
+    share = successes.float().mean().item()
+    half = math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return Estimate(share, half, n)
 
 
 def token_batches(
