@@ -64,7 +64,16 @@ FIGURES = {
     "ioi.early_heads": [(E(0.3), LOW, LOW), (1, NONE), (2, NONE)],
     "ioi.random_token_roles": [(E(0.71),), (0, E(0.4))],
     "ioi.backup": [(E(0.1), E(0.21), LOW, HIGH), (1, E(-0.2)), (2, NONE), (3, NONE)],
-    "ioi.faithfulness": [(E(0.8, 0),), (0, E(0.79)), (0, E(1.21))],
+    "ioi.faithfulness": [
+        (E(1.0), E(0.8, 0), E(1.2, 0)),
+        *((1, E(0.79)), (1, E(1.21)), (2, E(0.79)), (2, E(1.21))),
+    ],
+    "ioi.distance": [(E(0.09),), (0, E(0.31))],
+    "ioi.attributed_circuit": [
+        (E(1.0), E(0.8, 0), E(1.2, 0)),
+        *((1, E(0.79)), (1, E(1.21)), (2, E(0.79)), (2, E(1.21))),
+    ],
+    "ioi.no_repetition": [(E(0.04),), (0, E(0.26))],
     "ioi.naive": [(E(0.8), E(0.79), E(4.0)), (1, E(1.1))],
     "ioi.random_circuit": [(E(0.09),), (0, E(0.4))],
     "ioi.completeness": [(0.29, 0.4), (0, 0.3), (1, 0.29)],
@@ -160,7 +169,9 @@ def test_what_builds_on_the_behaviour_needs_it_and_what_is_needed_comes_first():
     free = {i for i in CLAIMS if i.startswith("ioi.") and "ioi.logit_diff" not in chain(i)}
     assert free == {"ioi.accuracy", "ioi.probability", "ioi.published_heads"}
     path = {i for i in CLAIMS if CLAIMS[i].needs == ("ioi.s_inhibition_queries",)}
-    about = "s_inhibition_signal early_heads faithfulness naive random_circuit completeness"
+    about = (
+        "s_inhibition_signal early_heads faithfulness distance naive random_circuit completeness"
+    )
     assert path == {f"ioi.{name}" for name in [*about.split(), "minimality"]}
 
 

@@ -203,11 +203,17 @@ def test_adversarial_prompts_differ_by_one_sentence(smollm2):
     prompts = adversarial_prompts(smollm2, 14, seed=2)
     words = {key: read(smollm2, p.tokens) for key, p in prompts.items()}
     lengths = {key: p.tokens.shape[1] for key, p in prompts.items()}
-    assert lengths == {"plain": 15, "io": 20, "s": 20}
-    for plain, with_io, with_s, *names in zip(*words.values(), *named(words["plain"]), strict=True):
-        extras = [w["extra"] for w in (plain, with_io, with_s)]
-        assert extras == [None, *(name.strip() for name in names)]
-        assert plain == with_io | {"extra": None} == with_s | {"extra": None}
+    assert lengths == {"plain": 15} | dict.fromkeys(("io", "s", "third", "nobody"), 20)
+    for plain, *others, io, s in zip(*words.values(), *named(words["plain"]), strict=True):
+        assert [with_extra | {"extra": None} for with_extra in others] == [plain] * 4
+        about_io, about_s, third, nobody = (with_extra["extra"] for with_extra in others)
+        assert (plain["extra"], about_io, about_s, nobody) == (
+            None,
+            io.strip(),
+            s.strip(),
+            "Everyone",
+        )
+        assert third in ioi.NAMES and third not in (about_io, about_s)
     extras = [smollm2.tokenizer.decode(row[1:]).split(". ")[1] for row in prompts["io"].tokens]
     assert len({extra.split(" ", 1)[1] for extra in extras}) == 2
     for key, p in prompts.items():

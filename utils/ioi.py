@@ -58,6 +58,9 @@ ADVERSARIAL_OPENINGS = (
 )
 ADVERSARIAL_EXTRAS = ("{extra} was quite tired.", "{extra} felt very happy.")
 ADVERSARIAL_GIVING = "{third} gave a {object} to"
+# Whom the extra sentence is about: A is IO, B is S, E a third name, N nobody by name.
+ADVERSARIAL_ABOUT = {"plain": "", "io": "A", "s": "B", "third": "E", "nobody": "N"}
+NOBODY = "Everyone"
 # Pairs of prompts of the TransformerLens demos, with the giver of the first and of the second.
 EIGHT = (
     ("When John and Mary went to the shops, {} gave the bag to", ("John", "Mary")),
@@ -147,8 +150,9 @@ def adversarial_prompts(
     """The same prompts "plain", and with an extra sentence about IO ("io") or S ("s").
 
     The sentence stands between the naming and the giving (Wang et al. 2022, section 4.4); naming IO
-    twice makes it look like the subject, naming S once more is the control. Orders alternate; the
-    prompts of a key are aligned, "plain" is shorter. ValueError as `ioi_prompts`.
+    twice makes it look like the subject, naming S once more is the paper's control. Two more, of
+    the same length: about a "third" name, and about "nobody" by name. Orders alternate; the prompts
+    of a key are aligned, "plain" is shorter. ValueError as `ioi_prompts`.
     """
     draws = _draw(model, n_prompts, seed)
     pairs = [(a, f"{a} {extra}") for extra in ADVERSARIAL_EXTRAS for a in ADVERSARIAL_OPENINGS]
@@ -157,9 +161,9 @@ def adversarial_prompts(
     if not kept:
         raise ValueError("no sentence is left: the model's tokenizer splits a word in each of them")
     prompts = {}
-    for key, letter in (("plain", ""), ("io", "A"), ("s", "B")):
+    for key, letter in ADVERSARIAL_ABOUT.items():
         texts = [
-            _fill(kept[i // 2 % len(kept)][key != "plain"], "ABB" + letter, i % 2 == 0, drawn)
+            _fill(kept[i // 2 % len(kept)][bool(letter)], "ABB" + letter, i % 2 == 0, drawn)
             for i, drawn in enumerate(draws)
         ]
         prompts[key] = _name_prompts(model, texts, draws)
@@ -199,7 +203,7 @@ def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str,
     draws = []
     for _ in range(n_prompts):
         chosen = [names[i] for i in torch.randperm(len(names), generator=generator)[:5]]
-        draw = dict(zip("ABDEF", chosen, strict=True))
+        draw = dict(zip("ABDEF", chosen, strict=True)) | {"N": NOBODY}
         for slot, pool in pools.items():
             draw[slot] = pool[int(torch.randint(len(pool), (), generator=generator))]
         draws.append(draw)
