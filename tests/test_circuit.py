@@ -255,6 +255,25 @@ def test_select_heads_by_sign_size_and_error():
     assert c.select_heads(effects, 3.0, sign=1) == []
 
 
+def test_heads_whose_effects_cancel_over_all_prompts_are_found_in_their_group():
+    noise = 0.05 * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0))
+    effects, abba = noise, torch.arange(40) % 2 == 0
+    effects[:, 0, 0] += 1.0  # in both
+    effects[:, 0, 1] += torch.where(abba, 2.0, -2.1)  # cancels
+    effects[abba, 1, 2] -= 0.5  # in one alone
+    assert c.select_heads(effects, 0.1, 1) == [Head(0, 0)]
+    assert c.select_in_groups(effects, abba, 0.1, 1) == [Head(0, 0)]
+    assert c.select_in_groups(effects, abba, 0.1, -1) == [Head(0, 1), Head(1, 2)]
+    assert c.select_in_groups(-effects, abba, 0.1, 1) == [Head(0, 1), Head(1, 2)]
+
+
+def test_signs_turned_at_random_are_selected_no_more_often_than_three_errors_promise():
+    generator = torch.Generator().manual_seed(0)
+    effects = torch.randn(60, 30, 30, generator=generator)
+    effects *= torch.randint(0, 2, effects.shape, generator=generator) * 2 - 1
+    assert len(c.select_heads(effects, 0.0, 1)) <= 5  # of 900, one in 740 expected
+
+
 def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):
     draws = c.random_circuits(random_gpt2, CIRCUIT, n_draws=20, seed=3)
     taken = {head for heads in CIRCUIT.values() for head in heads}

@@ -61,6 +61,29 @@ def select_heads(
     return [Head(*head) for head in sorted(chosen, key=lambda at: -mean[tuple(at)].item())]
 
 
+@checked
+def select_in_groups(
+    effects: Float[Tensor, "prompt layer head"],
+    groups: Bool[Tensor, "prompt"],
+    threshold: float,
+    sign: int,
+) -> list[Head]:
+    """Heads that `select_heads` chooses in either of two groups of prompts, largest first.
+
+    A head may help in one order of the names and hurt in the other: over all prompts that cancels.
+    The sign that counts is that of the group in which its mean effect is larger. Raises as
+    `select_heads`.
+    """
+    largest: dict[Head, float] = {}
+    for group in (groups, ~groups):
+        for way in (1, -1):
+            for head in select_heads(effects[group], threshold, way):
+                mean = effects[group].mean(0)[head].item()
+                largest[head] = max(largest.get(head, 0.0), mean, key=abs)
+    chosen = [head for head in largest if largest[head] * sign > 0]
+    return sorted(chosen, key=lambda head: -abs(largest[head]))
+
+
 def nodes(circuit: Circuit) -> set[Node]:
     """Every (head, position name) of a circuit. Raises ValueError for a role without a position."""
     for role in circuit:
