@@ -426,16 +426,16 @@ def use_toy(run: toy.ToyRun) -> None:
 
 def _after_change(answer: Callable, rescue: bool) -> tuple[float, Tensor, int]:
     """Second copy's loss, the matrices [layer head weight], how many weights are other ones."""
-    model, watched = _handed_over[0].model, Watched([_handed_over[0].model])
+    model, tokens, *_ = _handed_over[0]
+    watched = Watched([model])
     try:
         with torch.no_grad():
             answer(model, rescue)
-        loss = metrics.per_token_loss(model, _handed_over[0].tokens)
+        loss = metrics.per_token_loss(model, tokens)
         by_head = [w.detach().flatten(2) for w in (model.W_Q, model.W_K, model.W_V, model.W_O)]
         pairs = zip(model.parameters(), watched.weights[0], strict=True)
-        n_changed = sum(int((now != before).sum()) for now, before in pairs)
         second = metrics.half_losses(loss, toy.LONGEST).second.mean().item()
-        return second, torch.cat(by_head, dim=-1), n_changed
+        return second, torch.cat(by_head, dim=-1), sum(int((a != b).sum()) for a, b in pairs)
     finally:
         watched.undo()
 
@@ -443,7 +443,7 @@ def _after_change(answer: Callable, rescue: bool) -> tuple[float, Tensor, int]:
 def _judge(answer: Callable) -> str | None:
     if not _handed_over:
         return "Run the cell with `checks.use_toy` first."
-    _, trained, _ = _after_change(lambda model, rescue: None, rescue=False)
+    _, trained, _ = _after_change(lambda *_: None, rescue=False)
     broken_loss, broken, n_changed = _after_change(answer, rescue=False)
     rescued_loss, rescued, _ = _after_change(answer, rescue=True)
     damaged = (broken != trained).any(-1)
@@ -562,13 +562,12 @@ ablate_head = EXERCISES.add(
 def _experiment(
     model: Model, tokens: Tokens, others: Int[Tensor, "reference pos"], chosen: Heads, seed: int,
     usual=lambda model, tokens, others: ablation.mean_run(model, others),
-    control=lambda *args: ablation.random_control(*args)[0], group=list, skip=1,
+    control=lambda *args: ablation.random_control(*args)[0], group=list, left_out=1,
 ) -> tuple[Float[Tensor, "run prompt"], list[tuple[int, int]]]:  # fmt: skip
-    """`skip`: tokens of the second copy left out in front."""
     drawn, source = control(model, chosen, 1, seed), usual(model, tokens, others)
     edits = [[], *(heads_from(model, group(out), source) for out in (chosen, drawn))]
     losses = [metrics.per_token_loss(model, tokens, hooks(edit)) for edit in edits]
-    return torch.stack([x[:, x.shape[1] // 2 + skip :].mean(1) for x in losses]), drawn
+    return torch.stack([x[:, x.shape[1] // 2 + left_out :].mean(1) for x in losses]), drawn
 
 
 def _run_experiment(answer: Callable, model: Model, tokens, others, chosen, seed) -> dict:
@@ -618,7 +617,7 @@ ablation_experiment = EXERCISES.add(
         "You take out the last head of each group alone; take all of them out at once.":
             partial(_experiment, group=lambda out: out[-1:]),
         "The first token of the second copy cannot be predicted; leave it out.":
-            partial(_experiment, skip=0),
+            partial(_experiment, left_out=0),
         "Your control comes from other layers; draw it from the layers of the chosen heads.":
             partial(_experiment, control=_any_layer),
         "Your control holds chosen heads, or a head twice; draw others, each once.":
@@ -669,7 +668,6 @@ def _sweep(
 
 
 def _pair(corruption: str, more: Sequence) -> tuple:
-    """What an answer about patching gets."""
     clean, corrupted, answers, _ = prompts.induction_prompts(tiny_model(), 3, 8)
     return tiny_model(), clean, corrupted[corruption], metrics.LogitDiff(answers), more
 
@@ -729,10 +727,9 @@ def _inputs(
 ) -> Float[Tensor, "input prompt"]:  # fmt: skip
     run, group = source(record(model, clean, ["q", "k", "v"])), who(model, group)
     shared = [heads.key_value_head(model, head) for head in group]
-    values = []
+    values, at = [], dict(q=group, k=shared, v=shared)
     for site in sites:
-        who_has = [(s, group if s == "q" else shared) for s in site]
-        patch = [edit for s, out in who_has for edit in heads_from(model, out, run, s)]
+        patch = [edit for s in site for edit in heads_from(model, at[s], run, s)]
         values.append(metric(model.run_with_hooks(corrupted, fwd_hooks=hooks(patch))))
     return torch.stack(values)
 
