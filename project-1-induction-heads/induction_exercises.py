@@ -483,7 +483,7 @@ icl_score = EXERCISES.add(
         "You average from the token on; its neighbours stand on either side.":
             partial(_icl, of=lambda token, w: slice(token - 1, token + w)),
         "The last neighbour is missing: the end of a slice is not part of it.":
-            partial(_icl, of=lambda token, w: slice(token - 1 - w, token - 1 + max(w, 1))),
+            partial(_icl, of=lambda token, w: slice(token - 1 - w, token - 1 + w)),
 })  # fmt: skip
 
 
@@ -573,27 +573,22 @@ def _experiment(
 def _run_experiment(answer: Callable, model: Model, tokens, others, chosen, seed) -> dict:
     """What the answer measured, and whether its control is one; any random numbers will do."""
     losses, drawn = answer(model, tokens, others, chosen, seed)
-    drawn, *again = (
-        [(int(layer), int(head)) for layer, head in out]
-        for out in (drawn, *(answer(model, tokens, others, chosen, s)[1] for s in (seed, 7, 8, 9)))
-    )
-    right = _experiment(model, tokens, others, chosen, seed, control=lambda *_: drawn)[0]
-    fresh = set(drawn) - {tuple(head) for head in chosen}
-    layers = [sorted(layer for layer, _ in out) for out in (drawn, chosen)]
-    return {
-        "loss with nothing out": losses[0],
-        "loss with the heads out": losses[1],
-        "loss with your control out, less what it should be": losses[2] - right[2],
-        "is the control as large in each layer (1: yes)": float(layers[0] == layers[1]),
-        "are its heads others, each once (1: yes)": float(len(fresh) == len(drawn)),
-        "does a seed give the same draw (1: yes)": float(again[0] == drawn),
-        "do other seeds give others (1: yes)": float(any(out != drawn for out in again)),
+    draws = [drawn, *(answer(model, tokens, others, chosen, s)[1] for s in (seed, 7, 8))]
+    draws = [[(int(layer), int(head)) for layer, head in out] for out in draws]
+    right = _experiment(model, tokens, others, chosen, seed, control=lambda *_: draws[0])[0]
+    same_layers = [sorted(la for la, _ in out) == sorted(la for la, _ in chosen) for out in draws]
+    fresh = [len({*out} - {tuple(head) for head in chosen}) == len(out) for out in draws]
+    return {  # of the control's loss what it is too much
+        "losses": torch.stack([losses[0], losses[1], losses[2] - right[2]]),
+        "the control's layers (1: right)": float(all(same_layers)),
+        "the control's heads (1: right)": float(all(fresh)),
+        "the seed (1: right)": float(draws[0] == draws[1] and any(d != draws[0] for d in draws)),
     }
 
 
 def _any_layer(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:
     left = [head for head in heads.all_heads(model) if head not in chosen]
-    return [left[(5 * seed + i) % len(left)] for i in range(len(chosen))]
+    return [left[(seed + 1 + i) % len(left)] for i in range(len(chosen))]
 
 
 def _among_them(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:
@@ -605,8 +600,8 @@ ablation_experiment = EXERCISES.add(
     reference=_experiment, run=_run_experiment,
     cases=lambda: {name: (model, _repeats(3, 6), _repeats(4, 6, seed=1), chosen, len(chosen))
                    for name, model, chosen in (
-                       ("heads of two layers", tiny_model(), [(0, 1), (2, 0)]),
-                       ("two of one layer", toy.build_toy(2), [(1, 0), (0, 3), (1, 2)]))},
+                       ("two layers", tiny_model(), [(0, 1), (2, 0)]),
+                       ("one layer", toy.build_toy(2), [(1, 0), (0, 3), (1, 2)]))},
     mistakes={
         "That is zero ablation; put the mean over the other prompts there.":
             partial(_experiment, usual=lambda *_: 0.0),
@@ -649,6 +644,8 @@ normalised_effect = EXERCISES.add(
             partial(_effect, scale=lambda p, clean, bad: (p - bad) / clean.mean()),
         "You divide each prompt by its own gap, which can be near zero; divide by the mean gap.":
             partial(_effect, scale=lambda p, clean, bad: (p - bad) / (clean - bad)),
+        "Divide by the mean gap; and prompts lie along the first axis, not along the last.":
+            lambda p, clean, bad: (p - bad) / (clean - bad),
         "You lose the sign of the gap; where clean is below corrupted, it is negative.":
             partial(_effect, scale=lambda p, clean, bad: (p - bad) / (clean - bad).mean().abs()),
         "You subtract along the last axis; prompts lie along the first, so give `corrupted` as "
@@ -694,25 +691,27 @@ def _input_patched(
     activation: Z, hook: HookPoint, clean: Z, head: int, n_heads: int,
     index=lambda head, n, n_heads: head // (n_heads // n), positions=ALL,
 ) -> Z:  # fmt: skip
-    n = activation.shape[2]
-    where = (ALL, positions, min(index(head, n, n_heads), n - 1))
+    where = (ALL, positions, index(head, activation.shape[2], n_heads))
     return set_at(activation, where, clean[where])
 
 
 patch_head_input = EXERCISES.add(
     number=19, name="patch_head_input", part="B5", title="patch what a head reads",
-    reference=_input_patched, run=run_hook, cases=lambda: {f"head {h} of 6, {n} key heads": (
-        _randn(2, 4, n, 5), hook_point(1, "attn.hook_k"), _randn(2, 4, n, 5, seed=1), h, 6)
-        for n, h in product((6, 2, 3), range(6))},
+    reference=_input_patched, run=run_hook, cases=lambda: {f"head {h} of {n_heads} on {n}": (
+        _randn(2, 4, n, 5), hook_point(1, "attn.hook_k"), _randn(2, 4, n, 5, seed=1), h, n_heads)
+        for n, n_heads, h in ((6, 6, 4), (6, 12, 3), *((3, 6, h) for h in range(3)),
+                              *((4, 12, h) for h in range(4)))},
     mistakes={
         UNEDITED: lambda activation, *_: activation,
         "You patch every head of the layer; only the one that `head` uses should change.":
             lambda activation, hook, clean, head, n_heads: clean,
         "You divide by the number of key/value heads; divide by how many query heads share one, "
         "`n_heads // n`.": partial(_input_patched, index=lambda head, n, n_heads: head // n),
+        "You divide by two; how many query heads share one is `n_heads // n`.":
+            partial(_input_patched, index=lambda head, n, n_heads: head // (1 + (n < n_heads))),
         "You round; neighbouring heads share one, so cut off: `head // (n_heads // n)`.":
             partial(_input_patched, index=lambda head, n, n_heads: round(head * n / n_heads)),
-        "You count the shared heads in turn (`%`); neighbours share one, so divide (`//`).":
+        "You use `head` itself, or its remainder; neighbouring heads share one, so divide (`//`).":
             partial(_input_patched, index=lambda head, n, n_heads: head % n),
         "You patch the last position only; patch the head at every position.":
             partial(_input_patched, positions=slice(-1, None)),

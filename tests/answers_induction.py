@@ -934,8 +934,13 @@ def hooks_left(model, clean, corrupted, metric, group):
     return inputs_by_loop(model, clean, corrupted, metric, group)
 
 
-def log_of_score(scores):
-    return (scores[0].log(), scores[1])
+def runs_exchanged(losses, control):
+    return losses[[1, 0, 2]], control
+
+
+def any_heads(model, chosen, seed):
+    every = [head for head in heads.all_heads(model) if head not in chosen]
+    return random.Random(seed).sample(every, len(chosen))
 
 
 # wrong in no way that the exercise lists: told by kind, or where the output differs
@@ -966,7 +971,7 @@ WRONG = [
     ("icl_score", lambda x, e, late, w: icl_by_loop(x, e, late, w).mean(), "average over prompt"),
     ("copying_of_head", lambda *a: -copying_by_loop(*a), "signs are turned round"),
     ("ablate_head", lambda z, hook, head, value: z[:, :, head], "Your result has shape"),
-    ("ablation_experiment", lambda *a: log_of_score(experiment(*a)), "logarithms"),
+    ("ablation_experiment", lambda *a: runs_exchanged(*experiment(*a)), "in the wrong places"),
     ("normalised_effect", lambda p, c, k: effect_by_loop(p, c, k).clamp(0, 1), "between 0 and 1"),
     ("patch_every_head", lambda *a: sweep_by_loop(*a).mT, "wanted is [3, 2, 3]"),
     ("patch_head_input", lambda x, hook, c, h, n: x[:, :, h % x.shape[2]], "Your result has shape"),
