@@ -72,6 +72,7 @@ SAID = [  # answer, how what is said after "not right yet. " begins
     (lambda x: x.T.mean(dim=1), "You averaged over rows, not columns."),
     (lambda x: None, f"{CASE} You return None: did you forget `return`?"),
     (lambda x: [1, 2], f"{CASE} You return a list; wanted is a tensor of shape [2] [row]."),
+    (lambda x: [x, x], f"{CASE} You return a list; wanted is a tensor of shape [2] [row]."),
     (lambda x: x[:, :1] * 5, f"{CASE} Your result has shape [2, 1], wanted is a tensor of"),
     (
         lambda x: row_means(x) + x[:, 0] ** 2,
@@ -373,7 +374,7 @@ def test_a_stretch_exercise_is_judged(capsys):
         return 4
 
     assert exercise(far) is far
-    assert capsys.readouterr().out.startswith("Exercise 1 (far): right.")
+    assert capsys.readouterr().out == "Exercise 1 (far): right.\n"
     exercise(lambda: 2)
     assert "not right yet. 2 is too little." in capsys.readouterr().out
     exercise(stub)

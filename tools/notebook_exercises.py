@@ -59,7 +59,8 @@ def find_exercises(notebook: NotebookNode) -> list[Place]:
 def mark_checks(notebook: NotebookNode) -> None:
     """Tag every stub cell so that nbval compares its line, which says "not attempted yet"."""
     for place in find_exercises(notebook):
-        _expect(notebook.cells[place.stub], f"{place.exercise}: {UNTRIED}. {OURS}\n")
+        use = "" if isinstance(place.exercise, Stretch) else f" {OURS}"
+        _expect(notebook.cells[place.stub], f"{place.exercise}: {UNTRIED}.{use}\n")
 
 
 def solve(notebook: NotebookNode) -> NotebookNode:

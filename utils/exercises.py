@@ -105,12 +105,15 @@ class Exercise:
         except NotImplementedError:
             reason, self.state = None, UNTRIED
         says = f" {reason}" if reason else ""
-        use = "Yours is used below" if self.state == RIGHT else "The library's is used below"
-        print(f"{self}: {self.state}.{says} {use}.")
+        print(f"{self}: {self.state}.{says}{self._use}")
         return self._yours(answer) if self.state == RIGHT else self.library
 
     def __str__(self) -> str:
         return f"Exercise {self.number} ({self.title})"
+
+    @property
+    def _use(self) -> str:
+        return " Yours is used below." if self.state == RIGHT else " The library's is used below."
 
     @cached_property
     def library(self) -> Callable:
@@ -173,7 +176,8 @@ class Exercise:
                 raise _NotRight(
                     "Your function changes its input in place; work on a copy (`x = x.clone()`)."
                 )
-            outputs |= _parts(label, output)
+            whole = "_wanted" in vars(self) and label in self._wanted
+            outputs |= {label: output} if whole else _parts(label, output)
         return outputs
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
@@ -211,7 +215,9 @@ class Exercise:
             return text
         label, text = next(iter(differences.items()))
         right = [other for other in wanted if other not in differences]
-        return (f"Right for {', '.join(right)}. " if right else "") + f"For {label}: {text}"
+        more = f" and {len(right) - 3} more" if len(right) > 3 else ""
+        told = f"Right for {', '.join(right[:3])}{more}. " if right else ""
+        return f"{told}For {label}: {text}"
 
     def _differences(self, got: Mapping[str, object], want: Mapping[str, object]) -> dict[str, str]:
         """Case (or part of one) -> in what the two differ, in words, where they do."""
@@ -300,6 +306,10 @@ class Stretch(Exercise):
         """Print one line and give the answer back: nothing below uses it."""
         super().__call__(answer)
         return answer
+
+    @property
+    def _use(self) -> str:
+        return ""
 
     def problems(self) -> list[str]:
         """None: there is nothing to compare with."""
