@@ -1,17 +1,20 @@
 """The exercises of the IOI notebook: right answers, test cases, typical mistakes."""
 
-from collections.abc import Callable
+from functools import cache, partial
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 
-from utils import circuit, metrics
-from utils.exercises import Exercises, run_hook, set_at
-from utils.heads import Head
+import ioi_experiments as ways
+from utils import metrics
+from utils.exercises import Exercises, hook_point, run_hook, set_at
+from utils.toy import tiny_model
 
 EXERCISES = Exercises()
-progress = EXERCISES.progress
+predict, progress = EXERCISES.predict, EXERCISES.progress
 ALL = slice(None)
 
 
@@ -19,103 +22,169 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@cache
+def _model() -> TransformerBridge:
+    """Four layers of three random heads: what an experiment is tried on, in milliseconds."""
+    return tiny_model()
+
+
+def _tokens(seed: int, n: int = 5, n_pos: int = 7) -> Tensor:
+    return torch.randint(1, 60, (n, n_pos), generator=_generator(seed))
+
+
+def _answers(seed: int, n: int = 5) -> Tensor:
+    """Two different tokens for each prompt."""
+    return torch.stack([torch.randperm(60, generator=_generator(seed + i))[:2] for i in range(n)])
+
+
 # Exercise 1: the logit difference
 
 
+def logit_difference_answer(
+    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
+) -> Float[Tensor, "prompt"]:
+    """Logit of the right minus logit of the wrong name at the last position."""
+    return metrics.logit_diff(logits, answers)
+
+
 def _logit_cases() -> dict[str, tuple]:
-    logits = torch.randn(3, 4, 9, generator=_generator(1))
+    logits = 9 * torch.randn(3, 4, 9, generator=_generator(1))
     return {"3 prompts of 4 tokens": (logits, torch.tensor([[2, 5], [7, 0], [8, 3]]))}
 
 
-def _at(logits: Tensor, position: int, answers: Tensor) -> Tensor:
-    """Logit of right minus logit of wrong at a position."""
+def _difference_at(logits: Tensor, position: int, answers: Tensor) -> Tensor:
     return metrics.logit_diff(logits[:, position][:, None], answers)
 
 
 logit_difference = EXERCISES.add(
     number=1,
+    name="logit_difference",
     title="logit difference",
-    reference=metrics.logit_diff,
+    part="1",
+    reference=logit_difference_answer,
     cases=_logit_cases,
     mistakes={
         "Your signs are turned round: the first column of `answers` is the right name, and "
-        "the difference is right minus wrong.": (
-            lambda logits, answers: _at(logits, -1, answers.flip(1))
-        ),
+        "the difference is right minus wrong.": lambda x, a: _difference_at(x, -1, a.flip(1)),
         "You read the logits at the first position; the answer comes after the last one, "
-        "`logits[:, -1]`.": (lambda logits, answers: _at(logits, 0, answers)),
+        "`logits[:, -1]`.": lambda x, a: _difference_at(x, 0, a),
+        "You read the logits one position too early; what follows the last token is predicted at "
+        "the last position, `logits[:, -1]`.": lambda x, a: _difference_at(x, -2, a),
         "You average over the positions; only the last one, `logits[:, -1]`, predicts the "
-        "answer.": (
-            lambda logits, answers: metrics.logit_diff(logits.mean(1, keepdim=True), answers)
-        ),
+        "answer.": lambda x, a: metrics.logit_diff(x.mean(1, keepdim=True), a),
         "You subtract probabilities; the difference is one of logits, so no softmax.": (
-            lambda logits, answers: metrics.logit_diff(logits.softmax(-1), answers)
+            lambda x, a: metrics.logit_diff(x.softmax(-1), a)
         ),
         "That is the logit of the right name alone; subtract that of the wrong one.": (
-            lambda logits, answers: logits[:, -1].gather(1, answers)[:, 0]
+            lambda x, a: x[:, -1].gather(1, a)[:, 0]
+        ),
+        "You add the two logits; subtract that of the wrong name.": (
+            lambda x, a: x[:, -1].gather(1, a).sum(1)
         ),
         "You averaged over the prompts: return one difference per prompt, the standard error "
-        "is computed from them.": (
-            lambda logits, answers: metrics.logit_diff(logits, answers).mean()
-        ),
+        "is computed from them.": lambda x, a: metrics.logit_diff(x, a).mean(),
         "You look up every prompt's names in every prompt; pick each prompt's own pair, with "
         "`gather` or by indexing rows too.": (
-            lambda logits, answers: (
-                logits[:, -1, answers[:, 0]] - logits[:, -1, answers[:, 1]]  # [prompt prompt]
-            )
+            lambda x, a: x[:, -1, a[:, 0]] - x[:, -1, a[:, 1]]  # [prompt prompt]
         ),
     },
 )
 
 
-# Exercise 2: what one head writes to the logit difference
+# Exercises 2 and 3: reading the residual stream, and what each head adds to it
 
 
-def _attribution_cases() -> dict[str, tuple]:
-    generator = _generator(2)
-    z, w_o = torch.randn(3, 4, generator=generator), torch.randn(4, 6, generator=generator)
-    scale = 1.5 + torch.rand(3, generator=generator)
-    return {"3 prompts": (z, w_o, scale, torch.randn(3, 6, generator=generator))}
+def _task_cases() -> dict[str, tuple]:
+    return {"5 random prompts": (_model(), _tokens(1), _answers(10))}
 
 
-def _attribution(z: Tensor, w_o: Tensor, scale: Tensor, direction: Tensor) -> Tensor:
-    return ((z @ w_o) * direction).sum(-1) / scale
+def _unit(model: TransformerBridge, answers: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(ways.direction(model, answers), dim=-1)
 
 
-direct_attribution = EXERCISES.add(
+logit_lens = EXERCISES.add(
     number=2,
-    title="one head's direct attribution",
-    reference=_attribution,
-    cases=_attribution_cases,
+    name="logit_lens",
+    title="logit lens",
+    part="2",
+    reference=ways.logit_lens,
+    cases=_task_cases,
     mistakes={
-        "The scale of the final LayerNorm is missing: divide what the head writes by it, or "
-        "the parts do not add up to the logit difference.": (
-            lambda z, w_o, scale, direction: _attribution(z, w_o, torch.ones_like(scale), direction)
+        "The scale is missing: divide every stage by the final LayerNorm's scale of that prompt.": (
+            partial(ways.logit_lens, norm=lambda stream, scale: stream)
         ),
         "You multiply by the scale; the final LayerNorm divides by it.": (
-            lambda z, w_o, scale, direction: _attribution(z, w_o, 1 / scale, direction)
+            partial(ways.logit_lens, norm=lambda stream, scale: stream * scale)
         ),
-        "You average over the dimensions of the stream; a dot product is their sum.": (
-            lambda z, w_o, scale, direction: ((z @ w_o) * direction).mean(-1) / scale
-        ),
-        "You made the direction a unit vector; logits are dot products with the unembedding "
-        "itself, so keep its length.": (
-            lambda z, w_o, scale, direction: _attribution(
-                z, w_o, scale, direction / direction.norm(dim=-1, keepdim=True)
+        "You give each stage a scale of its own; hold that of the full run fixed, or the steps "
+        "from stage to stage do not add up.": (
+            lambda model, *args: ways.logit_lens(
+                model, *args, norm=lambda stream, scale: model.ln_final(stream)
             )
         ),
-        "You project every prompt on every prompt's direction; each prompt has its own names, "
-        "so multiply row by row and sum over `d_model`.": (
-            lambda z, w_o, scale, direction: (z @ w_o / scale[:, None]) @ direction.T
+        "You use one scale for all prompts; each prompt is divided by its own.": (
+            partial(ways.logit_lens, norm=lambda stream, scale: stream / scale.mean())
         ),
-        "You averaged over the prompts: return one value per prompt.": (
-            lambda *args: _attribution(*args).mean()
+        "You read the stream at the first position; the answer is read at the last one.": (
+            partial(ways.logit_lens, position=0)
         ),
+        "The bias of the unembedding is missing: `model.b_U` belongs to the logits too.": (
+            partial(ways.logit_lens, bias=False)
+        ),
+        "You subtract probabilities; the difference is one of logits, so no softmax.": (
+            partial(ways.logit_lens, read=lambda logits: logits.softmax(-1))
+        ),
+        "You show what each layer adds; the lens reads the stream as it stands, with all that was "
+        "added so far.": lambda model, tokens, answers: ways.logit_lens(
+            model, tokens, answers
+        ).diff(dim=1, prepend=torch.zeros(len(tokens), 1)),
     },
 )
 
 
-# Exercise 3: corrupted prompts
+head_attribution = EXERCISES.add(
+    number=3,
+    name="head_attribution",
+    title="every head's direct attribution",
+    part="2",
+    reference=ways.head_attribution,
+    cases=_task_cases,
+    mistakes={
+        "The scale of the final LayerNorm is missing: divide what the head writes by it, or the "
+        "parts do not add up to the logit difference.": (
+            partial(ways.head_attribution, change=torch.ones_like)
+        ),
+        "You multiply by the scale; the final LayerNorm divides by it.": (
+            partial(ways.head_attribution, change=torch.reciprocal)
+        ),
+        "You use one scale for all prompts; each prompt is divided by its own.": (
+            partial(ways.head_attribution, change=lambda scale: scale.mean())
+        ),
+        "You average over the dimensions of the stream; a dot product is their sum.": (
+            lambda model, *args: ways.head_attribution(model, *args) / model.cfg.d_model
+        ),
+        "You made the direction a unit vector; logits are dot products with the unembedding "
+        "itself, so keep its length.": partial(ways.head_attribution, towards=_unit),
+        "That is what the heads write to the right name alone; the direction is its unembedding "
+        "minus that of the wrong name.": partial(
+            ways.head_attribution, towards=lambda model, answers: model.W_U[:, answers[:, 0]].T
+        ),
+        "You read what the heads write at the first position; the answer is written at the last "
+        "one.": partial(ways.head_attribution, position=0),
+        "You add the layer's bias to its heads: a head writes `z @ W_O`, and the bias belongs to "
+        "none of them.": partial(ways.head_attribution, bias=True),
+    },
+)
+
+
+# Exercise 4: corrupted prompts
+
+
+def corrupt_s2_answer(
+    tokens: ways.Tokens, positions: dict[str, Int[Tensor, "prompt"]]
+) -> Int[Tensor, "prompt pos"]:
+    """A copy of the prompts in which S2 is replaced by the name that stands at IO."""
+    return _write(tokens, positions["S2"], _name(tokens, positions["IO"]))
 
 
 def _s2_cases() -> dict[str, tuple]:
@@ -140,359 +209,205 @@ def _name(tokens: Tensor, at: Tensor) -> Tensor:
 
 
 corrupt_s2 = EXERCISES.add(
-    number=3,
+    number=4,
+    name="corrupt_s2",
     title="corrupted prompts",
-    reference=lambda tokens, positions: _write(
-        tokens, positions["S2"], _name(tokens, positions["IO"])
-    ),
+    part="3",
+    reference=corrupt_s2_answer,
     cases=_s2_cases,
     mistakes={
         "The prompts come out as they went in: return the copy that you changed.": (
-            lambda tokens, positions: tokens.clone()
+            lambda tokens, at: tokens.clone()
         ),
         "You replaced the first mention of the subject; it is the second, `S2`, that says who "
-        "is giving.": (
-            lambda tokens, positions: _write(
-                tokens, positions["S1"], _name(tokens, positions["IO"])
+        "is giving.": lambda tokens, at: _write(tokens, at["S1"], _name(tokens, at["IO"])),
+        "You replaced the first mention of the subject too; only the second, `S2`, changes.": (
+            lambda tokens, at: _write(
+                corrupt_s2_answer(tokens, at), at["S1"], _name(tokens, at["IO"])
             )
         ),
         "It is the other way round: the name at IO is written over the name at S2, and IO stays.": (
-            lambda tokens, positions: _write(
-                tokens, positions["IO"], _name(tokens, positions["S2"])
-            )
+            lambda tokens, at: _write(tokens, at["IO"], _name(tokens, at["S2"]))
         ),
         "You exchanged the two names; only S2 changes, IO stays.": (
-            lambda tokens, positions: _write(
-                _write(tokens, positions["S2"], _name(tokens, positions["IO"])),
-                positions["IO"],
-                _name(tokens, positions["S2"]),
+            lambda tokens, at: _write(
+                corrupt_s2_answer(tokens, at), at["IO"], _name(tokens, at["S2"])
             )
         ),
         "You wrote the *position* of IO over S2; look up the token that stands there.": (
-            lambda tokens, positions: _write(tokens, positions["S2"], positions["IO"])
+            lambda tokens, at: _write(tokens, at["S2"], at["IO"])
         ),
         "You used the first prompt's positions for all prompts; each prompt has its own (IO "
         "comes first in ABBA, second in BABA).": (
-            lambda tokens, positions: set_at(
-                tokens, (ALL, positions["S2"][0]), tokens[:, positions["IO"][0]]
-            )
+            lambda tokens, at: set_at(tokens, (ALL, at["S2"][0]), tokens[:, at["IO"][0]])
         ),
         "`tokens[:, positions]` takes the positions of all prompts in every prompt; index the "
         "rows too, with `torch.arange(len(tokens))`.": (
-            lambda tokens, positions: set_at(
-                tokens, (ALL, positions["S2"]), tokens[:, positions["IO"]]
-            )
+            lambda tokens, at: set_at(tokens, (ALL, at["S2"]), tokens[:, at["IO"]])
         ),
     },
 )
 
 
-# Exercise 4: patch one head
+# Exercises 5 and 6: patch a head, and sweep over heads
 
 
-def _patch_head_cases() -> dict[str, tuple]:
-    z, clean = torch.randn(2, 2, 4, 3, 5, generator=_generator(4)).unbind(0)
-    return {"head 1 of 3": (z, clean, 1), "head 2 of 3": (z, clean, 2)}
+def patch_head_answer(
+    z: ways.Z,
+    hook: HookPoint,
+    clean_z: ways.Z,
+    head: int,
+    positions: Int[Tensor, "prompt place"],
+) -> ways.Z:
+    """The head's output taken from the clean run, at each prompt's own positions."""
+    return ways.patched(z, clean_z, head, positions)
 
 
-def _with_head(z: Tensor, clean: Tensor, head: int) -> Tensor:
-    return set_at(z, (ALL, ALL, head), clean[:, :, head])
+def _patch_cases() -> dict[str, tuple]:
+    z, clean = torch.randn(2, 3, 6, 4, 5, generator=_generator(4)).unbind(0)
+    places = torch.tensor([[1, 4], [3, 0], [2, 4]])
+    return {
+        "head 1 of 4 at two places": (z, hook_point(2), clean, 1, places),
+        "head 3 of 4 at one place": (z, hook_point(5), clean, 3, places[:, :1]),
+    }
 
 
 patch_head = EXERCISES.add(
-    number=4,
-    title="patch one head",
-    reference=lambda z, hook, clean, head: _with_head(z, clean, head),
-    cases=_patch_head_cases,
+    number=5,
+    name="patch_head",
+    title="patch a head at some positions",
+    part="3",
+    reference=patch_head_answer,
+    cases=_patch_cases,
     run=run_hook,
     mistakes={
-        "The activation comes out as it went in: assign to `z[:, :, head]`, or return the "
-        "edited copy.": (lambda z, hook, clean, head: z),
-        "You patched a position instead of a head: heads are the third axis, `z[:, :, head]`.": (
-            lambda z, hook, clean, head: set_at(z, (ALL, head), clean[:, head])
-        ),
-        "You patched one dimension of every head: heads are the third axis, `z[:, :, head]`.": (
-            lambda z, hook, clean, head: set_at(z, (..., head), clean[..., head])
+        "The activation comes out as it went in: assign to it, or return the edited copy.": (
+            lambda z, hook, clean, head, at: z
         ),
         "You patched every head of the layer; only `head` should change.": (
-            lambda z, hook, clean, head: clean
+            lambda z, hook, clean, head, at: ways.patched(z, clean, ALL, at)
         ),
+        "You patched the head at every position; only each prompt's own `positions` change.": (
+            lambda z, hook, clean, head, at: set_at(z, (ALL, ALL, head), clean[:, :, head])
+        ),
+        "`z[:, positions]` patches the positions of all prompts in every prompt; index the rows "
+        "too, with `torch.arange(len(z))[:, None]`.": (
+            lambda z, hook, clean, head, at: set_at(
+                z, (ALL, at.flatten(), head), clean[:, at.flatten(), head]
+            )
+        ),
+        "You used the first prompt's positions for all prompts; each prompt has its own.": (
+            lambda z, hook, clean, head, at: ways.patched(z, clean, head, at[:1].expand_as(at))
+        ),
+        "You patched the first of the places only; `positions` may hold several for each "
+        "prompt.": lambda z, hook, clean, head, at: ways.patched(z, clean, head, at[:, :1]),
         "Clean and corrupted are swapped: the run is the corrupted one, and one head of it "
-        "gets the clean output.": (lambda z, hook, clean, head: _with_head(clean, z, head)),
-        "You patched the last position only: patch the head at every position.": (
-            lambda z, hook, clean, head: set_at(z, (ALL, -1, head), clean[:, -1, head])
-        ),
-    },
-)
-
-
-# Exercise 5: patch by position
-
-
-def _patch_position_cases() -> dict[str, tuple]:
-    resid, clean = torch.randn(2, 3, 6, 5, generator=_generator(5)).unbind(0)
-    return {"3 prompts of 6 tokens": (resid, clean, torch.tensor([1, 4, 2]))}
-
-
-def _with_positions(resid: Tensor, clean: Tensor, positions: Tensor) -> Tensor:
-    index = (torch.arange(len(resid)), positions)
-    return set_at(resid, index, clean[index])
-
-
-patch_position = EXERCISES.add(
-    number=5,
-    title="patch by position",
-    reference=lambda resid, hook, clean, positions: _with_positions(resid, clean, positions),
-    cases=_patch_position_cases,
-    run=run_hook,
-    mistakes={
-        "The activation comes out as it went in: assign to it, or return the edited copy.": (
-            lambda resid, hook, clean, positions: resid
-        ),
-        "`resid[:, positions]` patches the positions of all prompts in every prompt; index the "
-        "rows too, with `torch.arange(len(resid))`.": (
-            lambda resid, hook, clean, positions: set_at(
-                resid, (ALL, positions), clean[:, positions]
-            )
-        ),
-        "You used the first prompt's position for all prompts; each prompt has its own.": (
-            lambda resid, hook, clean, positions: set_at(
-                resid, (ALL, positions[0]), clean[:, positions[0]]
-            )
-        ),
-        "You patched every position; only each prompt's own should change.": (
-            lambda resid, hook, clean, positions: clean
-        ),
-        "Clean and corrupted are swapped: the run is the corrupted one, and one position of "
-        "it gets the clean stream.": (
-            lambda resid, hook, clean, positions: _with_positions(clean, resid, positions)
+        "gets the clean output.": (
+            lambda z, hook, clean, head, at: ways.patched(clean, z, head, at)
         ),
         "You patched the position after: `positions` counts from 0, as the tensor does.": (
-            lambda resid, hook, clean, positions: _with_positions(resid, clean, positions + 1)
+            lambda z, hook, clean, head, at: ways.patched(z, clean, head, at + 1)
+        ),
+        "You patched one dimension of every head: heads are the third axis of `z`.": (
+            lambda z, hook, clean, head, at: ways.patched(z.mT, clean.mT, head, at).mT
         ),
     },
 )
 
 
-# Exercise 6: path patching to the logits
+def _sweep_cases() -> dict[str, tuple]:
+    model = _model()
+    return {
+        f"layers {layers}": (model, _tokens(seed), _tokens(seed + 1), _answers(10 * seed), layers)
+        for seed, layers in ((21, [2, 1]), (23, [1, 3]))
+    }
 
 
-def _path_cases() -> dict[str, tuple]:
-    z, original, new = torch.randn(3, 3, 2, 4, 3, 5, generator=_generator(6)).unbind(0)
-    return {"sender L1H2": (z, original, new, Head(1, 2)), "L0H1": (z, original, new, Head(0, 1))}
-
-
-def _run_all_layers(answer: Callable, z: Tensor, *args: object) -> Tensor:
-    """What the hook makes of every layer, [layer prompt pos head d_head]."""
-    edited = []
-    for layer, activation in enumerate(z):
-        hook = HookPoint()
-        hook.name = f"blocks.{layer}.attn.hook_z"
-        activation = activation.clone()
-        returned = answer(activation, hook, *args)
-        edited.append(activation if returned is None else returned)
-    return torch.stack(edited)
-
-
-def _path(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
-    layer, head = sender
-    frozen = original[hook.layer()]
-    return _with_head(frozen, new[layer], head) if hook.layer() == layer else frozen.clone()
-
-
-path_patch_hook = EXERCISES.add(
+sweep_heads = EXERCISES.add(
     number=6,
-    title="path patch to the logits",
-    reference=_path,
-    cases=_path_cases,
-    run=_run_all_layers,
+    name="sweep_heads",
+    title="the patching sweep",
+    part="3",
+    reference=ways.sweep_heads,
+    cases=_sweep_cases,
     mistakes={
-        "The activations come out as they went in: return the frozen layer, with the sender "
-        "in it.": (lambda z, hook, original, new, sender: z),
-        "That is activation patching: the other heads react to the sender. Freeze them at "
-        "their `original` output.": (
-            lambda z, hook, original, new, sender: (
-                _with_head(z, new[sender.layer], sender.head) if hook.layer() == sender.layer else z
-            )
+        "Clean and corrupted are swapped: run the corrupted prompts, and take one head at a time "
+        "from the clean run.": (
+            lambda model, clean, bad, *rest: ways.sweep_heads(model, bad, clean, *rest)
         ),
-        "Every head is frozen, the sender too, so nothing changes: in its layer, take the "
-        "sender's output from `new`.": (
-            lambda z, hook, original, new, sender: original[hook.layer()].clone()
+        "Your patches change nothing: every run gives the corrupted figure. Is the new value "
+        "taken from the clean run?": (
+            lambda model, clean, bad, *rest: ways.sweep_heads(model, bad, bad, *rest)
         ),
-        "You patched that head number in every layer; the sender is in one layer only, so "
-        "compare `hook.layer()` with `sender.layer`.": (
-            lambda z, hook, original, new, sender: _with_head(
-                original[hook.layer()], new[hook.layer()], sender.head
-            )
+        "You run the clean prompts; the run is the corrupted one, with one head from the clean "
+        "run.": lambda model, clean, bad, *rest: ways.sweep_heads(model, clean, clean, *rest),
+        "Earlier patches stay in place: each run has one head patched, so begin with a new list "
+        "of hooks.": partial(ways.sweep_heads, kept=True),
+        "You patch all heads of a layer at once; one head at a time.": partial(
+            ways.sweep_heads, together=True
         ),
-        "You took the sender's whole layer from `new`; only `sender.head` should be.": (
-            lambda z, hook, original, new, sender: (
-                new[hook.layer()] if hook.layer() == sender.layer else original[hook.layer()]
-            ).clone()
+        "You patch the last position only; here a head is patched at every position.": (
+            partial(ways.sweep_heads, at=slice(-1, None))
         ),
-        "In the sender's own layer the other heads are not frozen: start from `original` "
-        "there too.": (
-            lambda z, hook, original, new, sender: (
-                _with_head(z, new[sender.layer], sender.head)
-                if hook.layer() == sender.layer
-                else original[hook.layer()].clone()
-            )
+        "You leave the start token's position out; here a head is patched at every position.": (
+            partial(ways.sweep_heads, at=slice(1, None))
         ),
-        "You froze the sender's layer only; the heads of every other layer are frozen too.": (
-            lambda z, hook, original, new, sender: (
-                _path(z, hook, original, new, sender) if hook.layer() == sender.layer else z
-            )
+        "You begin at layer 0; the layers to run through are those in `layers`, in their order.": (
+            lambda *args: ways.sweep_heads(*args[:4], range(len(args[4])))
         ),
-        "`original` and `new` are swapped: all heads as in the original run, the sender as "
-        "in the new one.": (
-            lambda z, hook, original, new, sender: _path(z, hook, new, original, sender)
+        "You subtract the corrupted figure; return the logit difference of the patched run as it "
+        "is.": lambda model, clean, bad, answers, layers: (
+            ways.sweep_heads(model, clean, bad, answers, layers)
+            - ways.run_under(model, bad, answers)[:, None, None]
         ),
     },
 )
 
 
-# Exercise 7: the copying score
+# Exercise 7: attribution patching
 
 
-def _copying_cases() -> dict[str, tuple]:
-    cases = {}
-    for seed, k in ((7, 3), (8, 5)):
-        generator = _generator(seed)
-        names = torch.randperm(30, generator=generator)[:12]
-        w_u = torch.randn(8, 30, generator=generator)
-        resid = w_u[:, names].T + 0.5 * torch.randn(12, 8, generator=generator)
-        w_v = torch.randn(8, 4, generator=generator)
-        # half of a copying circuit, half noise: some names are copied and some are not
-        w_o = w_v.T + torch.randn(4, 8, generator=generator)
-        cases[f"12 names, k = {k}"] = (resid, w_v, w_o, w_u, names, k)
-    return cases
+def _slope_cases() -> dict[str, tuple]:
+    return {"5 random prompts": (_model(), _tokens(31), _tokens(32), _answers(310))}
 
 
-def _hits(logits: Tensor, names: Tensor, k: int) -> Tensor:
-    """Which of the k largest logits are the name's own, [name k]."""
-    return (logits.topk(k).indices == names[:, None]).float()
-
-
-def _ov(resid: Tensor, w_v: Tensor, w_o: Tensor, w_u: Tensor) -> Tensor:
-    return resid @ w_v @ w_o @ w_u
-
-
-copying_score = EXERCISES.add(
+attribution_patching = EXERCISES.add(
     number=7,
-    title="copying score",
-    reference=lambda resid, w_v, w_o, w_u, names, k: (
-        _hits(_ov(resid, w_v, w_o, w_u), names, k).any(-1).float().mean().item()
-    ),
-    cases=_copying_cases,
+    name="attribution_patching",
+    title="attribution patching",
+    part="3",
+    reference=ways.attribution_patching,
+    cases=_slope_cases,
     mistakes={
-        "You ask for the largest logit; the name may be anywhere among the `k` largest.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, 1).mean()
+        "Your signs are turned round: the step leads from the corrupted to the clean activation, "
+        "so the difference is clean minus corrupted.": (
+            partial(ways.attribution_patching, step=lambda new, old: old - new)
         ),
-        "You look among the k smallest logits; that is the score of a negative name mover.": (
-            lambda resid, w_v, w_o, w_u, names, k: (
-                _hits(-_ov(resid, w_v, w_o, w_u), names, k).sum(-1).mean()
-            )
+        "You take the gradient on the clean run; the corrupted run is the one that is patched.": (
+            partial(ways.attribution_patching, on_clean=True)
         ),
-        "You unembed the residual stream itself; it must go through the head first, `w_v` and "
-        "then `w_o`.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(resid @ w_u, names, k).sum(-1).mean()
+        "You multiply the gradient by the clean activation; what counts is the step, clean minus "
+        "corrupted.": partial(ways.attribution_patching, step=lambda new, old: new),
+        "You multiply the gradient by the corrupted activation; what counts is the step, clean "
+        "minus corrupted.": partial(ways.attribution_patching, step=lambda new, old: old),
+        "You leave out the step: multiply the gradient by clean minus corrupted before you sum.": (
+            partial(ways.attribution_patching, step=lambda new, old: torch.ones_like(new))
         ),
-        "You count a row when *any* name is among its k largest logits; it must be the name "
-        "of that row.": (
-            lambda resid, w_v, w_o, w_u, names, k: (
-                torch.isin(_ov(resid, w_v, w_o, w_u).topk(k).indices, names).any(-1).float().mean()
-            )
+        "You take the last position only; a patch acts at all of them, so sum over positions.": (
+            partial(ways.attribution_patching, summed=lambda x: x[:, :, -1].sum(-1))
         ),
-        "You divided by k as well: at most one of the k can be the name, so ask whether any "
-        "of them is, then average over the names.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).mean()
+        "You average over the positions; the effects of all places add up, so sum.": (
+            partial(ways.attribution_patching, summed=lambda x: x.sum(-1).mean(-2))
         ),
-        "That is how many names are copied; return their share, between 0 and 1.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).sum()
+        "You average over `d_head`; the step along every dimension counts, so sum.": (
+            partial(ways.attribution_patching, summed=lambda x: x.sum(-3).mean(-1))
         ),
-        "You return one entry per name; average them into one number.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).sum(
-                -1
-            )
+        "You take absolute values before you sum; pushes in opposite directions cancel.": (
+            partial(ways.attribution_patching, summed=lambda x: x.abs().sum((-3, -1)))
         ),
-    },
-)
-
-
-# Exercise 8: mean ablation of all but the circuit
-
-
-def _ablation_cases() -> dict[str, tuple]:
-    generator = _generator(9)
-    z, means = torch.randn(2, 3, 4, 3, 5, generator=generator).unbind(0)
-    return {"3 prompts": (z, means, torch.rand(3, 4, 3, generator=generator) < 0.4)}
-
-
-mean_ablation = EXERCISES.add(
-    number=8,
-    title="mean ablation over ABC",
-    reference=lambda z, hook, means, keep: torch.where(keep[..., None], z, means),
-    cases=_ablation_cases,
-    run=run_hook,
-    mistakes={
-        "The activation comes out as it went in: assign to it, or return the edited copy.": (
-            lambda z, hook, means, keep: z
+        "Your gradient is that of the mean over the prompts; take it of their sum, and each prompt "
+        "has its own.": partial(
+            ways.attribution_patching, summed=lambda x: x.sum((-3, -1)) / x.shape[1]
         ),
-        "It is the other way round: where `keep` is True the output stays, elsewhere it "
-        "becomes its mean.": (lambda z, hook, means, keep: torch.where(keep[..., None], means, z)),
-        "That is a zero ablation; put the means in place of what is not kept.": (
-            lambda z, hook, means, keep: z * keep[..., None]
-        ),
-        "You replaced every head everywhere; what `keep` marks stays.": (
-            lambda z, hook, means, keep: means
-        ),
-        "You averaged `means` over the prompts: each prompt already has the mean of its own "
-        "template there.": (
-            lambda z, hook, means, keep: torch.where(keep[..., None], z, means.mean(0))
-        ),
-        "You averaged over the prompts being run; the means over the ABC prompts are given.": (
-            lambda z, hook, means, keep: torch.where(keep[..., None], z, z.mean(0))
-        ),
-        "You kept what is kept in *any* prompt; `keep` has a row for each prompt, because the "
-        "positions differ.": (
-            lambda z, hook, means, keep: torch.where(keep.any(0)[..., None], z, means)
-        ),
-        "You kept heads at all positions; they stay only at the positions that `keep` marks.": (
-            lambda z, hook, means, keep: torch.where(keep.any(1, keepdim=True)[..., None], z, means)
-        ),
-    },
-)
-
-
-# Exercise 9: faithfulness
-
-
-def _faithfulness_cases() -> dict[str, tuple]:
-    circuit = torch.tensor([1.0, 3.5, 2.0, 4.0])
-    model = torch.tensor([2.0, 4.0, 1.5, 5.0])
-    return {"4 prompts": (circuit, model), "4 others": (circuit.flip(0), 1 + model)}
-
-
-faithfulness = EXERCISES.add(
-    number=9,
-    title="faithfulness",
-    reference=lambda f_circuit, f_model: circuit.faithfulness(f_circuit, f_model).ratio.mean,
-    cases=_faithfulness_cases,
-    mistakes={
-        "That is the mean of the ratios, in which a prompt with a small difference counts "
-        "most; take the ratio of the means.": (lambda circuit, model: (circuit / model).mean()),
-        "It is upside down: what the circuit gives, over what the model gives.": (
-            lambda circuit, model: model.mean() / circuit.mean()
-        ),
-        "That is the paper's distance |F(M) - F(C)|, in logits; here we want the share, "
-        "F(C) over F(M).": (lambda circuit, model: model.mean() - circuit.mean()),
-        "That is the share that is lost; return the share that the circuit keeps.": (
-            lambda circuit, model: 1 - circuit.mean() / model.mean()
-        ),
-        "That is a difference, in logits; return the ratio F(C) over F(M).": (
-            lambda circuit, model: circuit.mean() - model.mean()
-        ),
-        "You return a ratio per prompt; take the mean of each over the prompts, then their "
-        "ratio.": (lambda circuit, model: circuit / model),
     },
 )
