@@ -1,413 +1,641 @@
 """The exercises of the IOI notebook: right answers, test cases, typical mistakes."""
 
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from functools import partial
 
+import ioi_experiments as ways
 import torch
+from ioi_exercises_patching import (
+    ALL,
+    EXERCISES,
+    attribution_patching,
+    corrupt_s2,
+    head_attribution,
+    logit_difference,
+    logit_lens,
+    patch_head,
+    sweep_heads,
+)
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-import ioi_experiments as ways
-from utils import metrics
-from utils.exercises import Exercises, hook_point, run_hook, set_at
-from utils.toy import tiny_model
+from utils import circuit, metrics
+from utils.diagnosis import a_kind
+from utils.edits import heads_from
+from utils.exercises import hook_point, run_hook, set_at
+from utils.heads import Head, check_heads
+from utils.ioi import ioi_prompts
 
-EXERCISES = Exercises()
+__all__ = [  # of parts 1 to 3
+    "attribution_patching",
+    "corrupt_s2",
+    "head_attribution",
+    "logit_difference",
+    "logit_lens",
+    "patch_head",
+    "sweep_heads",
+]
 predict, progress = EXERCISES.predict, EXERCISES.progress
-ALL = slice(None)
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+# Exercises 8 to 10: path patching
 
 
-@cache
-def _model() -> TransformerBridge:
-    """Four layers of three random heads: what an experiment is tried on, in milliseconds."""
-    return tiny_model()
-
-
-def _tokens(seed: int, n: int = 5, n_pos: int = 7) -> Tensor:
-    return torch.randint(1, 60, (n, n_pos), generator=_generator(seed))
-
-
-def _answers(seed: int, n: int = 5) -> Tensor:
-    """Two different tokens for each prompt."""
-    return torch.stack([torch.randperm(60, generator=_generator(seed + i))[:2] for i in range(n)])
-
-
-# Exercise 1: the logit difference
-
-
-def logit_difference_answer(
-    logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
-) -> Float[Tensor, "prompt"]:
-    """Logit of the right minus logit of the wrong name at the last position."""
-    return metrics.logit_diff(logits, answers)
-
-
-def _logit_cases() -> dict[str, tuple]:
-    logits = 9 * torch.randn(3, 4, 9, generator=_generator(1))
-    return {"3 prompts of 4 tokens": (logits, torch.tensor([[2, 5], [7, 0], [8, 3]]))}
-
-
-def _difference_at(logits: Tensor, position: int, answers: Tensor) -> Tensor:
-    return metrics.logit_diff(logits[:, position][:, None], answers)
-
-
-logit_difference = EXERCISES.add(
-    number=1,
-    name="logit_difference",
-    title="logit difference",
-    part="1",
-    reference=logit_difference_answer,
-    cases=_logit_cases,
-    mistakes={
-        "Your signs are turned round: the first column of `answers` is the right name, and "
-        "the difference is right minus wrong.": lambda x, a: _difference_at(x, -1, a.flip(1)),
-        "You read the logits at the first position; the answer comes after the last one, "
-        "`logits[:, -1]`.": lambda x, a: _difference_at(x, 0, a),
-        "You read the logits one position too early; what follows the last token is predicted at "
-        "the last position, `logits[:, -1]`.": lambda x, a: _difference_at(x, -2, a),
-        "You average over the positions; only the last one, `logits[:, -1]`, predicts the "
-        "answer.": lambda x, a: metrics.logit_diff(x.mean(1, keepdim=True), a),
-        "You subtract probabilities; the difference is one of logits, so no softmax.": (
-            lambda x, a: metrics.logit_diff(x.softmax(-1), a)
-        ),
-        "That is the logit of the right name alone; subtract that of the wrong one.": (
-            lambda x, a: x[:, -1].gather(1, a)[:, 0]
-        ),
-        "You add the two logits; subtract that of the wrong name.": (
-            lambda x, a: x[:, -1].gather(1, a).sum(1)
-        ),
-        "You averaged over the prompts: return one difference per prompt, the standard error "
-        "is computed from them.": lambda x, a: metrics.logit_diff(x, a).mean(),
-        "You look up every prompt's names in every prompt; pick each prompt's own pair, with "
-        "`gather` or by indexing rows too.": (
-            lambda x, a: x[:, -1, a[:, 0]] - x[:, -1, a[:, 1]]  # [prompt prompt]
-        ),
-    },
-)
-
-
-# Exercises 2 and 3: reading the residual stream, and what each head adds to it
-
-
-def _task_cases() -> dict[str, tuple]:
-    return {"5 random prompts": (_model(), _tokens(1), _answers(10))}
-
-
-def _unit(model: TransformerBridge, answers: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(ways.direction(model, answers), dim=-1)
-
-
-logit_lens = EXERCISES.add(
-    number=2,
-    name="logit_lens",
-    title="logit lens",
-    part="2",
-    reference=ways.logit_lens,
-    cases=_task_cases,
-    mistakes={
-        "The scale is missing: divide every stage by the final LayerNorm's scale of that prompt.": (
-            partial(ways.logit_lens, norm=lambda stream, scale: stream)
-        ),
-        "You multiply by the scale; the final LayerNorm divides by it.": (
-            partial(ways.logit_lens, norm=lambda stream, scale: stream * scale)
-        ),
-        "You give each stage a scale of its own; hold that of the full run fixed, or the steps "
-        "from stage to stage do not add up.": (
-            lambda model, *args: ways.logit_lens(
-                model, *args, norm=lambda stream, scale: model.ln_final(stream)
-            )
-        ),
-        "You use one scale for all prompts; each prompt is divided by its own.": (
-            partial(ways.logit_lens, norm=lambda stream, scale: stream / scale.mean())
-        ),
-        "You read the stream at the first position; the answer is read at the last one.": (
-            partial(ways.logit_lens, position=0)
-        ),
-        "The bias of the unembedding is missing: `model.b_U` belongs to the logits too.": (
-            partial(ways.logit_lens, bias=False)
-        ),
-        "You subtract probabilities; the difference is one of logits, so no softmax.": (
-            partial(ways.logit_lens, read=lambda logits: logits.softmax(-1))
-        ),
-        "You show what each layer adds; the lens reads the stream as it stands, with all that was "
-        "added so far.": lambda model, tokens, answers: ways.logit_lens(
-            model, tokens, answers
-        ).diff(dim=1, prepend=torch.zeros(len(tokens), 1)),
-    },
-)
-
-
-head_attribution = EXERCISES.add(
-    number=3,
-    name="head_attribution",
-    title="every head's direct attribution",
-    part="2",
-    reference=ways.head_attribution,
-    cases=_task_cases,
-    mistakes={
-        "The scale of the final LayerNorm is missing: divide what the head writes by it, or the "
-        "parts do not add up to the logit difference.": (
-            partial(ways.head_attribution, change=torch.ones_like)
-        ),
-        "You multiply by the scale; the final LayerNorm divides by it.": (
-            partial(ways.head_attribution, change=torch.reciprocal)
-        ),
-        "You use one scale for all prompts; each prompt is divided by its own.": (
-            partial(ways.head_attribution, change=lambda scale: scale.mean())
-        ),
-        "You average over the dimensions of the stream; a dot product is their sum.": (
-            lambda model, *args: ways.head_attribution(model, *args) / model.cfg.d_model
-        ),
-        "You made the direction a unit vector; logits are dot products with the unembedding "
-        "itself, so keep its length.": partial(ways.head_attribution, towards=_unit),
-        "That is what the heads write to the right name alone; the direction is its unembedding "
-        "minus that of the wrong name.": partial(
-            ways.head_attribution, towards=lambda model, answers: model.W_U[:, answers[:, 0]].T
-        ),
-        "You read what the heads write at the first position; the answer is written at the last "
-        "one.": partial(ways.head_attribution, position=0),
-        "You add the layer's bias to its heads: a head writes `z @ W_O`, and the bias belongs to "
-        "none of them.": partial(ways.head_attribution, bias=True),
-    },
-)
-
-
-# Exercise 4: corrupted prompts
-
-
-def corrupt_s2_answer(
-    tokens: ways.Tokens, positions: dict[str, Int[Tensor, "prompt"]]
-) -> Int[Tensor, "prompt pos"]:
-    """A copy of the prompts in which S2 is replaced by the name that stands at IO."""
-    return _write(tokens, positions["S2"], _name(tokens, positions["IO"]))
-
-
-def _s2_cases() -> dict[str, tuple]:
-    tokens = torch.arange(10, 34).reshape(3, 8)
-    positions = {
-        "IO": torch.tensor([1, 3, 2]),
-        "S1": torch.tensor([3, 1, 4]),
-        "S2": torch.tensor([5, 7, 6]),
-    }
-    rows = torch.arange(3)
-    tokens[rows, positions["S2"]] = tokens[rows, positions["S1"]]
-    return {"3 prompts of 8 tokens": (tokens, positions)}
-
-
-def _write(tokens: Tensor, at: Tensor, names: Tensor) -> Tensor:
-    """The tokens with each prompt's entry `at` replaced by its entry of `names`."""
-    return set_at(tokens, (torch.arange(len(tokens)), at), names)
-
-
-def _name(tokens: Tensor, at: Tensor) -> Tensor:
-    return tokens[torch.arange(len(tokens)), at]
-
-
-corrupt_s2 = EXERCISES.add(
-    number=4,
-    name="corrupt_s2",
-    title="corrupted prompts",
-    part="3",
-    reference=corrupt_s2_answer,
-    cases=_s2_cases,
-    mistakes={
-        "The prompts come out as they went in: return the copy that you changed.": (
-            lambda tokens, at: tokens.clone()
-        ),
-        "You replaced the first mention of the subject; it is the second, `S2`, that says who "
-        "is giving.": lambda tokens, at: _write(tokens, at["S1"], _name(tokens, at["IO"])),
-        "You replaced the first mention of the subject too; only the second, `S2`, changes.": (
-            lambda tokens, at: _write(
-                corrupt_s2_answer(tokens, at), at["S1"], _name(tokens, at["IO"])
-            )
-        ),
-        "It is the other way round: the name at IO is written over the name at S2, and IO stays.": (
-            lambda tokens, at: _write(tokens, at["IO"], _name(tokens, at["S2"]))
-        ),
-        "You exchanged the two names; only S2 changes, IO stays.": (
-            lambda tokens, at: _write(
-                corrupt_s2_answer(tokens, at), at["IO"], _name(tokens, at["S2"])
-            )
-        ),
-        "You wrote the *position* of IO over S2; look up the token that stands there.": (
-            lambda tokens, at: _write(tokens, at["S2"], at["IO"])
-        ),
-        "You used the first prompt's positions for all prompts; each prompt has its own (IO "
-        "comes first in ABBA, second in BABA).": (
-            lambda tokens, at: set_at(tokens, (ALL, at["S2"][0]), tokens[:, at["IO"][0]])
-        ),
-        "`tokens[:, positions]` takes the positions of all prompts in every prompt; index the "
-        "rows too, with `torch.arange(len(tokens))`.": (
-            lambda tokens, at: set_at(tokens, (ALL, at["S2"]), tokens[:, at["IO"]])
-        ),
-    },
-)
-
-
-# Exercises 5 and 6: patch a head, and sweep over heads
-
-
-def patch_head_answer(
-    z: ways.Z,
-    hook: HookPoint,
-    clean_z: ways.Z,
-    head: int,
-    positions: Int[Tensor, "prompt place"],
-) -> ways.Z:
-    """The head's output taken from the clean run, at each prompt's own positions."""
-    return ways.patched(z, clean_z, head, positions)
-
-
-def _patch_cases() -> dict[str, tuple]:
-    z, clean = torch.randn(2, 3, 6, 4, 5, generator=_generator(4)).unbind(0)
-    places = torch.tensor([[1, 4], [3, 0], [2, 4]])
+def _path_cases() -> dict[str, tuple]:
+    z, original, new = torch.randn(3, 3, 2, 4, 3, 5, generator=ways.generator(6)).unbind(0)
     return {
-        "head 1 of 4 at two places": (z, hook_point(2), clean, 1, places),
-        "head 3 of 4 at one place": (z, hook_point(5), clean, 3, places[:, :1]),
+        f"layer {layer}, sender {sender}": (z[layer], hook_point(layer), original, new, sender)
+        for sender in (Head(1, 2), Head(0, 1))
+        for layer in range(3)
     }
 
 
-patch_head = EXERCISES.add(
-    number=5,
-    name="patch_head",
-    title="patch a head at some positions",
-    part="3",
-    reference=patch_head_answer,
-    cases=_patch_cases,
+def _send(z: Tensor, hook: HookPoint, new: Tensor, sender: Head, start: Tensor) -> Tensor:
+    """A layer that starts from `start`, with the sender in it if it is the sender's."""
+    at_sender = hook.layer() == sender.layer
+    sent = (ALL, ALL, sender.head)
+    return set_at(start, sent, new[hook.layer()][sent]) if at_sender else start
+
+
+path_patch_hook = EXERCISES.add(
+    number=8,
+    name="path_patch_hook",
+    title="path patch to the logits",
+    part="4",
+    reference=ways.path_patch_hook,
+    cases=_path_cases,
     run=run_hook,
     mistakes={
-        "The activation comes out as it went in: assign to it, or return the edited copy.": (
-            lambda z, hook, clean, head, at: z
+        "The activations come out as they went in: return the frozen layer, with the sender "
+        "in it.": lambda z, hook, original, new, sender: z,
+        "That is activation patching: the other heads react to the sender. Freeze them at "
+        "their `original` output.": (
+            lambda z, hook, original, new, sender: _send(z, hook, new, sender, start=z)
         ),
-        "You patched every head of the layer; only `head` should change.": (
-            lambda z, hook, clean, head, at: ways.patched(z, clean, ALL, at)
+        "Every head is frozen, the sender too, so nothing changes: in its layer, take the "
+        "sender's output from `new`.": (
+            lambda z, hook, original, new, sender: original[hook.layer()].clone()
         ),
-        "You patched the head at every position; only each prompt's own `positions` change.": (
-            lambda z, hook, clean, head, at: set_at(z, (ALL, ALL, head), clean[:, :, head])
-        ),
-        "`z[:, positions]` patches the positions of all prompts in every prompt; index the rows "
-        "too, with `torch.arange(len(z))[:, None]`.": (
-            lambda z, hook, clean, head, at: set_at(
-                z, (ALL, at.flatten(), head), clean[:, at.flatten(), head]
+        "You patched that head number in every layer; the sender is in one layer only, so "
+        "compare `hook.layer()` with `sender.layer`.": (
+            lambda z, hook, original, new, sender: _send(
+                z, hook, new, Head(hook.layer(), sender.head), original[hook.layer()]
             )
         ),
-        "You used the first prompt's positions for all prompts; each prompt has its own.": (
-            lambda z, hook, clean, head, at: ways.patched(z, clean, head, at[:1].expand_as(at))
+        "You took the sender's whole layer from `new`; only `sender.head` should be.": (
+            lambda z, hook, original, new, sender: (
+                new[hook.layer()] if hook.layer() == sender.layer else original[hook.layer()]
+            ).clone()
         ),
-        "You patched the first of the places only; `positions` may hold several for each "
-        "prompt.": lambda z, hook, clean, head, at: ways.patched(z, clean, head, at[:, :1]),
-        "Clean and corrupted are swapped: the run is the corrupted one, and one head of it "
-        "gets the clean output.": (
-            lambda z, hook, clean, head, at: ways.patched(clean, z, head, at)
+        "In the sender's own layer the other heads are not frozen: start from `original` "
+        "there too.": lambda z, hook, original, new, sender: _send(
+            z, hook, new, sender, z if hook.layer() == sender.layer else original[hook.layer()]
         ),
-        "You patched the position after: `positions` counts from 0, as the tensor does.": (
-            lambda z, hook, clean, head, at: ways.patched(z, clean, head, at + 1)
+        "You froze the sender's layer only; the heads of every other layer are frozen too.": (
+            lambda z, hook, original, new, sender: _send(
+                z, hook, new, sender, original[hook.layer()] if hook.layer() == sender.layer else z
+            )
         ),
-        "You patched one dimension of every head: heads are the third axis of `z`.": (
-            lambda z, hook, clean, head, at: ways.patched(z.mT, clean.mT, head, at).mT
+        "You took the sender at the last position only; take its output at every position.": (
+            lambda z, hook, original, new, sender: set_at(
+                original[hook.layer()],
+                (ALL, -1),
+                ways.path_patch_hook(z, hook, original, new, sender)[:, -1],
+            )
+        ),
+        "`original` and `new` are swapped: all heads as in the original run, the sender as "
+        "in the new one.": (
+            lambda z, hook, original, new, sender: ways.path_patch_hook(
+                z, hook, new, original, sender
+            )
         ),
     },
 )
 
 
-def _sweep_cases() -> dict[str, tuple]:
-    model = _model()
+def _path_sweep_cases() -> dict[str, tuple]:
+    senders = {31: [Head(2, 1), Head(0, 2), Head(1, 0)], 33: [Head(0, 0), Head(3, 1)]}
+    return {f"{len(heads)} senders": (*ways.random_pair(i), heads) for i, heads in senders.items()}
+
+
+# hooks of the kind asked for in exercise 8, each wrong in one way
+_unfrozen, _no_sender, _in_every_layer, _whole_layer = (
+    path_patch_hook.mistakes[text] for text in list(path_patch_hook.mistakes)[1:5]
+)
+_to_logits = ways.path_patch_to_logits
+
+path_patch_to_logits = EXERCISES.add(
+    number=9,
+    name="path_patch_to_logits",
+    title="the sweep over senders",
+    part="4",
+    reference=_to_logits,
+    cases=_path_sweep_cases,
+    mistakes={
+        "That is activation patching: the other heads react to the sender. Put your hook into "
+        "every layer, so that they stay frozen.": partial(_to_logits, hook=_unfrozen),
+        "All your runs give the original figure: the sender's output is not taken from the new "
+        "run.": partial(_to_logits, hook=_no_sender),
+        "You patch that head number in every layer; the sender is one head of one layer.": (
+            partial(_to_logits, hook=_in_every_layer)
+        ),
+        "You send the whole layer of the sender; one head at a time.": (
+            partial(_to_logits, hook=_whole_layer)
+        ),
+        "You run the new prompts; the run is the original one, and the sender's output alone is "
+        "new.": lambda model, old, new, *rest: _to_logits(model, old, new, *rest, base=new),
+        "Original and new are swapped: the run and all frozen heads are the original ones.": (
+            lambda model, old, new, *rest: _to_logits(model, new, old, *rest)
+        ),
+        "The frozen heads are those of the new run and the sender that of the original; it is the "
+        "other way round.": (
+            lambda model, old, new, *rest: _to_logits(model, new, old, *rest, base=old)
+        ),
+        "You subtract the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, senders: (
+                _to_logits(model, old, new, answers, senders)
+                - ways.run_under(model, old, answers)[:, None]
+            )
+        ),
+    },
+)
+
+
+def _query_cases() -> dict[str, tuple]:
+    receivers = {"one receiver": [Head(2, 1)], "two receivers": [Head(2, 0), Head(3, 2)]}
+    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((5,), 6)
     return {
-        f"layers {layers}": (model, _tokens(seed), _tokens(seed + 1), _answers(10 * seed), layers)
-        for seed, layers in ((21, [2, 1]), (23, [1, 3]))
+        label: (*ways.random_pair(41), senders, heads, end) for label, heads in receivers.items()
     }
 
 
-sweep_heads = EXERCISES.add(
-    number=6,
-    name="sweep_heads",
-    title="the patching sweep",
-    part="3",
-    reference=ways.sweep_heads,
-    cases=_sweep_cases,
+_to_queries = ways.path_patch_to_queries
+
+path_patch_to_queries = EXERCISES.add(
+    number=10,
+    name="path_patch_to_queries",
+    title="path patching to a receiver",
+    part="4",
+    reference=_to_queries,
+    cases=_query_cases,
     mistakes={
-        "Clean and corrupted are swapped: run the corrupted prompts, and take one head at a time "
-        "from the clean run.": (
-            lambda model, clean, bad, *rest: ways.sweep_heads(model, bad, clean, *rest)
+        "In your first pass the other heads are not frozen, so the sender reaches the queries "
+        "through them too.": partial(_to_queries, first=_unfrozen),
+        "The sender is patched in your second pass too; only what arrives at the queries may be "
+        "new there.": partial(_to_queries, second=_unfrozen),
+        "All your runs give the original figure: take the sender from the new run in the first "
+        "pass, and let the heads run freely, not frozen, in the second.": (
+            partial(_to_queries, first=_no_sender)
         ),
-        "Your patches change nothing: every run gives the corrupted figure. Is the new value "
-        "taken from the clean run?": (
-            lambda model, clean, bad, *rest: ways.sweep_heads(model, bad, bad, *rest)
+        "Your queries come straight from the new run; record them in the first pass, with all "
+        "frozen but the sender.": partial(_to_queries, from_new=True),
+        "You put the queries in at every position; only at each prompt's own `positions`.": (
+            partial(_to_queries, everywhere=True)
         ),
-        "You run the clean prompts; the run is the corrupted one, with one head from the clean "
-        "run.": lambda model, clean, bad, *rest: ways.sweep_heads(model, clean, clean, *rest),
-        "Earlier patches stay in place: each run has one head patched, so begin with a new list "
-        "of hooks.": partial(ways.sweep_heads, kept=True),
-        "You patch all heads of a layer at once; one head at a time.": partial(
-            ways.sweep_heads, together=True
+        "You put the queries of all heads of the receivers' layer in; only those of the "
+        "receivers.": partial(_to_queries, whole_layer=True),
+        "You record and put in the keys; the receivers' queries are `hook_q`.": (
+            partial(_to_queries, site="k")
         ),
-        "You patch the last position only; here a head is patched at every position.": (
-            partial(ways.sweep_heads, at=slice(-1, None))
+        "Only the first receiver gets its new queries; all of them do, in the same run.": (
+            lambda *args: _to_queries(*args[:5], args[5][:1], args[6])
         ),
-        "You leave the start token's position out; here a head is patched at every position.": (
-            partial(ways.sweep_heads, at=slice(1, None))
-        ),
-        "You begin at layer 0; the layers to run through are those in `layers`, in their order.": (
-            lambda *args: ways.sweep_heads(*args[:4], range(len(args[4])))
-        ),
-        "You subtract the corrupted figure; return the logit difference of the patched run as it "
-        "is.": lambda model, clean, bad, answers, layers: (
-            ways.sweep_heads(model, clean, bad, answers, layers)
-            - ways.run_under(model, bad, answers)[:, None, None]
+        "Original and new are swapped: the run and all frozen heads are the original ones.": (
+            lambda model, old, new, *rest: _to_queries(model, new, old, *rest)
         ),
     },
 )
 
 
-# Exercise 7: attribution patching
+# Exercise 11: the copying score
 
 
-def _slope_cases() -> dict[str, tuple]:
-    return {"5 random prompts": (_model(), _tokens(31), _tokens(32), _answers(310))}
+def copying_score_answer(
+    resid: Float[Tensor, "name d_model"],
+    w_v: Float[Tensor, "d_model d_head"],
+    w_o: Float[Tensor, "d_head d_model"],
+    w_u: Float[Tensor, "d_model vocab"],
+    names: Int[Tensor, "name"],
+    k: int,
+) -> float:
+    """Share of names whose own logit is among the k largest that the head gives."""
+    return _hits(_ov(resid, w_v, w_o, w_u), names, k).any(-1).float().mean().item()
 
 
-attribution_patching = EXERCISES.add(
-    number=7,
-    name="attribution_patching",
-    title="attribution patching",
-    part="3",
-    reference=ways.attribution_patching,
-    cases=_slope_cases,
+def _copying_cases() -> dict[str, tuple]:
+    cases = {}
+    for seed, k in ((7, 3), (8, 5), (9, 4)):
+        generator = ways.generator(seed)
+        names = torch.randperm(30, generator=generator)[:12]
+        w_u = torch.randn(8, 30, generator=generator)
+        resid = w_u[:, names].T + 0.5 * torch.randn(12, 8, generator=generator)
+        w_v = torch.randn(8, 4, generator=generator)
+        # half of a copying circuit, half noise: some names are copied and some are not
+        w_o = w_v.T + torch.randn(4, 8, generator=generator)
+        cases[f"12 names, k = {k}"] = (resid, w_v, w_o, w_u, names, k)
+    return cases
+
+
+def _hits(logits: Tensor, names: Tensor, k: int) -> Tensor:
+    """Which of the k largest logits are the name's own, [name k]."""
+    return (logits.topk(k).indices == names[:, None]).float()
+
+
+def _ov(resid: Tensor, w_v: Tensor, w_o: Tensor, w_u: Tensor) -> Tensor:
+    return resid @ w_v @ w_o @ w_u
+
+
+copying_score = EXERCISES.add(
+    number=11,
+    name="copying_score",
+    title="copying score",
+    part="5",
+    reference=copying_score_answer,
+    cases=_copying_cases,
     mistakes={
-        "Your signs are turned round: the step leads from the corrupted to the clean activation, "
-        "so the difference is clean minus corrupted.": (
-            partial(ways.attribution_patching, step=lambda new, old: old - new)
+        "You ask for the largest logit; the name may be anywhere among the `k` largest.": (
+            lambda *args: _hits(_ov(*args[:4]), args[4], 1).mean()
         ),
-        "You take the gradient on the clean run; the corrupted run is the one that is patched.": (
-            partial(ways.attribution_patching, on_clean=True)
+        "You let one rank too many pass: of ranks counted from 0, those below `k` count.": (
+            lambda *args: _hits(_ov(*args[:4]), args[4], args[5] + 1).sum(-1).mean()
         ),
-        "You multiply the gradient by the clean activation; what counts is the step, clean minus "
-        "corrupted.": partial(ways.attribution_patching, step=lambda new, old: new),
-        "You multiply the gradient by the corrupted activation; what counts is the step, clean "
-        "minus corrupted.": partial(ways.attribution_patching, step=lambda new, old: old),
-        "You leave out the step: multiply the gradient by clean minus corrupted before you sum.": (
-            partial(ways.attribution_patching, step=lambda new, old: torch.ones_like(new))
+        "You look among the k smallest logits; that is the score of a negative name mover.": (
+            lambda *args: _hits(-_ov(*args[:4]), *args[4:]).sum(-1).mean()
         ),
-        "You take the last position only; a patch acts at all of them, so sum over positions.": (
-            partial(ways.attribution_patching, summed=lambda x: x[:, :, -1].sum(-1))
+        "You unembed the residual stream itself; it must go through the head first, `w_v` and "
+        "then `w_o`.": lambda resid, w_v, w_o, w_u, names, k: (
+            _hits(resid @ w_u, names, k).sum(-1).mean()
         ),
-        "You average over the positions; the effects of all places add up, so sum.": (
-            partial(ways.attribution_patching, summed=lambda x: x.sum(-1).mean(-2))
+        "You count a row when *any* name is among its k largest logits; it must be the name "
+        "of that row.": lambda *args: (
+            torch.isin(_ov(*args[:4]).topk(args[5]).indices, args[4]).any(-1).float().mean()
         ),
-        "You average over `d_head`; the step along every dimension counts, so sum.": (
-            partial(ways.attribution_patching, summed=lambda x: x.sum(-3).mean(-1))
+        "You rank the name among the other names; it must be among the `k` largest of the whole "
+        "vocabulary.": lambda *args: (
+            _hits(_ov(*args[:4])[:, args[4]], torch.arange(len(args[4])), args[5]).sum(-1).mean()
         ),
-        "You take absolute values before you sum; pushes in opposite directions cancel.": (
-            partial(ways.attribution_patching, summed=lambda x: x.abs().sum((-3, -1)))
+        "You divided by k as well: at most one of the k can be the name, so ask whether any "
+        "of them is, then average over the names.": (
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).mean()
         ),
-        "Your gradient is that of the mean over the prompts; take it of their sum, and each prompt "
-        "has its own.": partial(
-            ways.attribution_patching, summed=lambda x: x.sum((-3, -1)) / x.shape[1]
+        "That is how many names are copied; return their share, between 0 and 1.": (
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).sum()
+        ),
+        "You return one entry per name; average them into one number.": (
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).sum(-1)
         ),
     },
+)
+
+
+# Exercise 12: position or token
+
+CODES = torch.tensor([[p, t] for p in (1, -1) for t in (1, 0, -1)])
+
+
+def fit_signal_answer(
+    values: Float[Tensor, "variant prompt"], codes: Int[Tensor, "variant 2"]
+) -> Float[Tensor, "code prompt"]:
+    """Each prompt's coefficients in values = position * codes[:, 0] + token * codes[:, 1]."""
+    return torch.linalg.lstsq(codes.to(values), values).solution
+
+
+def _signal_cases() -> dict[str, tuple]:
+    cases = {}
+    for seed, order in ((1, range(6)), (2, [4, 0, 5, 3, 1, 2])):
+        known = torch.randn(2, 5, generator=ways.generator(seed)) * torch.tensor([[3.0], [1.0]])
+        noise = 0.3 * torch.randn(6, 5, generator=ways.generator(seed + 2))
+        values = CODES.float() @ known + noise
+        cases[f"variants in order {list(order)}"] = (values[list(order)], CODES[list(order)])
+    return cases
+
+
+def _weighted(values: Tensor, codes: Tensor, sizes: tuple[float, float]) -> Tensor:
+    """Sums of the values with the codes as weights, each divided by a number."""
+    return codes.to(values).T @ values / torch.tensor(sizes)[:, None]
+
+
+fit_signal = EXERCISES.add(
+    number=12,
+    name="fit_signal",
+    title="position or token",
+    part="5",
+    reference=fit_signal_answer,
+    cases=_signal_cases,
+    mistakes={
+        "The two coefficients have changed places: position is the first code, token the second.": (
+            lambda values, codes: fit_signal_answer(values, codes).flip(0)
+        ),
+        "Your token coefficient is divided by all six variants; two of them say nothing of it, so "
+        "divide by four.": lambda values, codes: _weighted(values, codes, (6, 6)),
+        "You return sums; divide by how often each code counts: the sum of its squares.": (
+            lambda values, codes: _weighted(values, codes, (1, 1))
+        ),
+        "You take the whole difference between kept and turned round; the codes are two apart, so "
+        "halve it.": lambda values, codes: _weighted(values, codes, (3, 2)),
+        "You use the variants that keep the position alone; fit all of them at once.": (
+            lambda values, codes: fit_signal_answer(
+                values[codes[:, 0] == 1], codes[codes[:, 0] == 1]
+            )
+        ),
+        "You use the variants with the same name alone; fit all of them at once.": (
+            lambda values, codes: fit_signal_answer(
+                values[codes[:, 1] == 1], codes[codes[:, 1] == 1]
+            )
+        ),
+        "You fit the mean over the prompts; fit each prompt by itself.": (
+            lambda values, codes: fit_signal_answer(values.mean(1, keepdim=True), codes)
+        ),
+        "The variants do not stand in one order: read what each is from its row of `codes`.": (
+            lambda values, codes: fit_signal_answer(values, CODES)
+        ),
+    },
+)
+
+
+# Exercise 13: means by template
+
+
+def template_means_answer(
+    z: Float[Tensor, "abc layer pos head d_head"],
+    template: Int[Tensor, "abc"],
+    wanted: Int[Tensor, "prompt"],
+) -> Float[Tensor, "prompt layer pos head d_head"]:
+    """For each template in `wanted`, the mean of z over the ABC prompts of that template."""
+    return torch.stack([z[template == t].mean(0) for t in wanted])
+
+
+def _means_cases() -> dict[str, tuple]:
+    z = torch.randn(9, 2, 4, 3, 5, generator=ways.generator(13))
+    template = torch.tensor([5, 0, 2, 0, 5, 0, 2, 0, 5])
+    return {"9 ABC prompts, 6 prompts": (z, template, torch.tensor([2, 0, 5, 5, 0, 2]))}
+
+
+template_means = EXERCISES.add(
+    number=13,
+    name="template_means",
+    title="means by template",
+    part="6",
+    reference=template_means_answer,
+    cases=_means_cases,
+    mistakes={
+        "You average over all ABC prompts; each prompt gets the mean of its own template.": (
+            lambda z, template, wanted: z.mean(0).expand(len(wanted), *z.shape[1:])
+        ),
+        "You give one mean for each template; pick for each prompt that of its own, `wanted`.": (
+            lambda z, template, wanted: template_means_answer(z, template, wanted.unique())
+        ),
+        "You pick by the templates of the ABC prompts; the templates asked for are in `wanted`.": (
+            lambda z, template, wanted: template_means_answer(z, template, template)
+        ),
+        "You return sums; divide by the number of ABC prompts with that template.": (
+            lambda z, template, wanted: torch.stack([z[template == t].sum(0) for t in wanted])
+        ),
+        "You divide by the number of all ABC prompts; divide by those with that template.": (
+            lambda z, template, wanted: torch.stack(
+                [z[template == t].sum(0) / len(z) for t in wanted]
+            )
+        ),
+        "You average over the positions too; a head's mean differs from position to position.": (
+            lambda z, template, wanted: template_means_answer(
+                z.mean(2, keepdim=True).expand_as(z), template, wanted
+            )
+        ),
+        "You take one ABC prompt for each template; average over all that have it.": (
+            lambda z, template, wanted: torch.stack([z[template == t][0] for t in wanted])
+        ),
+        "You take the prompts that have *another* template.": (
+            lambda z, template, wanted: torch.stack([z[template != t].mean(0) for t in wanted])
+        ),
+    },
+)
+
+
+# Exercises 14 to 16: the circuit alone, and its parts
+
+
+def _nodes(seed: int) -> list[Tensor]:
+    """A mask for each of seven heads, none in layer 2, at one position of each prompt."""
+    heads = [(0, 1), (1, 2), (0, 0), (3, 1), (1, 0), (3, 2), (0, 2)]
+    places = torch.randint(3, 7, (7, 5), generator=ways.generator(seed))
+    none = torch.zeros(5, 4, 7, 3, dtype=torch.bool)
+    return [
+        set_at(none, (torch.arange(5), layer, places[i], head), True)
+        for i, (layer, head) in enumerate(heads)
+    ]
+
+
+def _circuit_inputs(seed: int) -> tuple:
+    """Model, prompts, answers, means, and the mask of a circuit of seven heads."""
+    means = torch.randn(5, 4, 7, 3, 8, generator=ways.generator(seed))
+    keep = torch.stack(_nodes(seed)).any(0)
+    return (*ways.random_task(seed), means, keep)
+
+
+def _alone_cases() -> dict[str, tuple]:
+    whole = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.3])
+    scales = {51: -1.2, 52: -4.0, 53: -0.4}  # shares above 1, below 0 and in between
+    return {f"circuit {seed}": (*_circuit_inputs(seed), by * whole) for seed, by in scales.items()}
+
+
+def _alone_where(change: Callable) -> Callable:
+    """The circuit alone, once its means and its mask went through `change`."""
+    return lambda model, tokens, answers, means, keep, f_model: ways.circuit_alone(
+        model, tokens, answers, *change(means, keep), f_model
+    )
+
+
+circuit_alone = EXERCISES.add(
+    number=14,
+    name="circuit_alone",
+    title="the circuit alone",
+    part="7",
+    reference=ways.circuit_alone,
+    cases=_alone_cases,
+    mistakes={
+        "It is the other way round: where `keep` is True the output stays, elsewhere it becomes "
+        "its mean.": _alone_where(lambda means, keep: (means, ~keep)),
+        "That is a zero ablation; put the means in place of what is not kept.": (
+            _alone_where(lambda means, keep: (0 * means, keep))
+        ),
+        "You replace every head everywhere; what `keep` marks stays.": (
+            _alone_where(lambda means, keep: (means, keep & False))
+        ),
+        "You replace nothing: that is the whole model, F(M).": (
+            _alone_where(lambda means, keep: (means, keep | True))
+        ),
+        "You average `means` over the prompts: each prompt already has the mean of its own "
+        "template there.": _alone_where(
+            lambda means, keep: (means.mean(0, keepdim=True).expand_as(means), keep)
+        ),
+        "You keep what is kept in *any* prompt; `keep` has a row for each prompt, because the "
+        "positions differ.": _alone_where(
+            lambda means, keep: (means, keep.any(0, keepdim=True).expand_as(keep))
+        ),
+        "You keep heads at all positions; they stay only at the positions that `keep` marks.": (
+            _alone_where(lambda means, keep: (means, keep.any(2, keepdim=True).expand_as(keep)))
+        ),
+        "Layers that hold no head of the circuit are left as they are; they are replaced whole.": (
+            partial(
+                ways.circuit_alone,
+                layers=lambda keep: keep.any(0).any(-1).any(-1).nonzero()[:, 0].tolist(),
+            )
+        ),
+        "F(C) is right, but your share is the mean of the ratios, in which a prompt with a small "
+        "difference counts most; take the ratio of the means.": (
+            partial(ways.circuit_alone, share=lambda f, whole: (f / whole).mean())
+        ),
+        "F(C) is right, but your share is upside down: what the circuit gives, over what the model "
+        "gives.": partial(ways.circuit_alone, share=lambda f, whole: whole.mean() / f.mean()),
+        "F(C) is right, but you return the share that is lost; return the share that is kept.": (
+            partial(ways.circuit_alone, share=lambda f, whole: 1 - f.mean() / whole.mean())
+        ),
+        "F(C) is right, but your share is a difference, in logits; return the ratio F(C) over "
+        "F(M).": partial(ways.circuit_alone, share=lambda f, whole: f.mean() - whole.mean()),
+        "F(C) is right, but your share lost its sign: a circuit that prefers the wrong name has a "
+        "negative one.": (
+            partial(ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).abs())
+        ),
+        "F(C) is right, but you cut the share off at 1; a circuit can do more than the model.": (
+            partial(
+                ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).clamp(max=1)
+            )
+        ),
+    },
+)
+
+
+def _completeness_cases() -> dict[str, tuple]:
+    roles = {seed: torch.stack(_nodes(seed)[:3]).any(0) for seed in (71, 72)}
+    return {f"circuit {seed}": (*_circuit_inputs(seed), role) for seed, role in roles.items()}
+
+
+_completeness = ways.role_completeness
+
+role_completeness = EXERCISES.add(
+    number=15,
+    name="role_completeness",
+    title="completeness of one role",
+    part="7",
+    reference=_completeness,
+    cases=_completeness_cases,
+    mistakes={
+        "The two have changed places: the circuit without the role comes first, the model without "
+        "it second.": lambda *args: _completeness(*args).flip(0),
+        "You knock the role out of the circuit only; your second row is the whole model, F(M).": (
+            lambda *args: torch.stack([_completeness(*args)[0], ways.run_under(*args[:3])])
+        ),
+        "You knock the role out of the model only; your first row is the whole circuit, F(C).": (
+            lambda *args: torch.stack([ways.run_kept(*args[:5]), _completeness(*args)[1]])
+        ),
+        "Both your rows are of the circuit; in the second nothing but the role is ablated.": (
+            partial(_completeness, among=lambda keep: keep)
+        ),
+        "You keep the role and ablate all else; it is the role that goes.": (
+            partial(_completeness, without=lambda keep, role: role)
+        ),
+        "That is a zero ablation; put the means in place of what is knocked out.": (
+            partial(_completeness, new=torch.zeros_like)
+        ),
+        "You knock the role's heads out at all positions; only where `role` is True.": (
+            partial(_completeness, without=lambda keep, role: keep & ~role.any(2, keepdim=True))
+        ),
+        "You knock out what any prompt has; `role` has a row for each prompt, because the "
+        "positions differ.": partial(_completeness, without=lambda keep, role: keep & ~role.any(0)),
+    },
+)
+
+
+def _minimality_cases() -> dict[str, tuple]:
+    cases = {}
+    for seed, others in ((65, 2), (75, 3), (86, 3), (89, 2)):  # either comparison, of either sign
+        node, *rest = _nodes(seed)
+        mask = torch.stack(rest[:others]).any(0)
+        cases[f"a role of {others + 1} heads, {seed}"] = (*_circuit_inputs(seed), node, mask)
+    return cases
+
+
+_minimality = ways.head_minimality
+
+head_minimality = EXERCISES.add(
+    number=16,
+    name="head_minimality",
+    title="minimality of one head",
+    part="7",
+    reference=_minimality,
+    cases=_minimality_cases,
+    mistakes={
+        "Your signs are turned round: what the head adds is the figure with it minus that without "
+        "it.": lambda *args: -_minimality(*args),
+        "You compare only with all others present; do it with the rest of the role gone too, and "
+        "take what is larger on average.": (
+            partial(_minimality, choose=lambda alone, after: alone)
+        ),
+        "You compare only with the rest of the role gone; do it with all others present too, and "
+        "take what is larger on average.": (
+            partial(_minimality, choose=lambda alone, after: after)
+        ),
+        "You take the larger one prompt by prompt; one of the two comparisons is chosen for all "
+        "prompts, by its mean.": partial(
+            _minimality, choose=lambda a, b: torch.where(a.abs() >= b.abs(), a, b)
+        ),
+        "You take the higher of the two means; the larger in size counts, and a head may work "
+        "against the answer.": (
+            partial(_minimality, choose=lambda a, b: a if a.mean() >= b.mean() else b)
+        ),
+        "You take the smaller of the two changes; the larger in size counts.": (
+            partial(_minimality, choose=lambda a, b: b if ways.larger_on_average(a, b) is a else a)
+        ),
+        "You average the two comparisons; take the one that is larger on average.": (
+            partial(_minimality, choose=lambda a, b: (a + b) / 2)
+        ),
+        "You knock out of the whole model; here everything but the circuit, `keep`, is ablated "
+        "all along.": partial(_minimality, among=torch.ones_like),
+        "You compare with the whole model, F(M); compare the circuit with and without the head.": (
+            partial(_minimality, whole=True)
+        ),
+    },
+)
+
+
+# Exercise 17: a head that nobody named
+
+_STAGE: dict[str, object] = {}
+
+
+def set_stage(model: TransformerBridge, named: Iterable[tuple[int, int]]) -> None:
+    """Which model the last exercise is about, and which of its heads have a role already."""
+    _STAGE.update(model=model, named={Head(*head) for head in named})
+
+
+def _judge_head(answer: Callable[[], tuple[int, int]]) -> str | None:
+    """Whether knocking the head out passes the notebook's rule, on prompts not used before."""
+    if not _STAGE:
+        return "Run the cell above first: it says which heads have a role already."
+    model, head = _STAGE["model"], answer()
+    if not isinstance(head, tuple) or len(head) != 2:
+        return f"Return a head, such as `Head(3, 5)`; you return {a_kind(head)}."
+    head = check_heads(model, [head])[0]
+    if head in _STAGE["named"]:
+        return f"{head} has a role already: find one that is not in the circuit."
+    prompts, others = (ioi_prompts(model, n_prompts=64, seed=seed) for seed in (101, 102))
+    means = circuit.means_run(prompts, circuit.abc_means(model, others))
+    f_model, f = circuit.logit_diffs(model, prompts, [[], heads_from(model, [head], means)])
+    change = metrics.estimate((f - f_model) / f_model.mean().abs())
+    if abs(change.mean) > max(0.01, 3 * change.stderr):
+        return None
+    return (
+        f"Without {head} the logit difference of new prompts changes by {change}, as a share of "
+        "it: by the rule, more than 0.01 and more than three standard errors are wanted."
+    )
+
+
+unnamed_head = EXERCISES.stretch(
+    number=17,
+    name="unnamed_head",
+    title="a head that nobody named",
+    part="8",
+    judge=_judge_head,
 )

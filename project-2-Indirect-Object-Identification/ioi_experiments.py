@@ -5,7 +5,7 @@ Each is the plain way to do it, one whole run after another, as a learner would 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.edits import hook_name
 from utils.heads import Head
 from utils.metrics import logit_diff
+from utils.toy import tiny_model
 
 ALL = slice(None)
 Answers = Int[Tensor, "prompt 2"]
@@ -189,15 +190,14 @@ def path_patch_to_logits(
     *,
     hook: Callable = path_patch_hook,
     base: Tokens | None = None,
-    only: bool = False,
 ) -> Float[Tensor, "prompt sender"]:
     """The logit difference with one sender's path to the logits taken from the new run."""
     runs = dict(original=record_z(model, tokens), new=record_z(model, new_tokens))
     found = []
     for sender in senders:
         send = partial(hook, **runs, sender=sender)
-        hooks = every(model, send, [sender.layer] if only else None)
-        found.append(run_under(model, tokens if base is None else base, answers, hooks))
+        start = tokens if base is None else base
+        found.append(run_under(model, start, answers, every(model, send)))
     return torch.stack(found, dim=1)
 
 
@@ -322,3 +322,35 @@ def role_completeness(
     """F(C - G) and F(M - G): a role knocked out of the circuit, and out of the whole model."""
     f = partial(run_kept, model, tokens, answers, new(means))
     return torch.stack([f(without(keep, role)), f(without(among(keep), role))])
+
+
+# What they are tried on
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that the cases are the same everywhere."""
+    return torch.Generator().manual_seed(seed)
+
+
+@cache
+def small_model() -> TransformerBridge:
+    """Four layers of three random heads, which run in milliseconds."""
+    return tiny_model()
+
+
+def random_tokens(seed: int, n_prompts: int = 5, n_pos: int = 7) -> Tokens:
+    """Prompts of tokens that the small model knows."""
+    return torch.randint(1, 60, (n_prompts, n_pos), generator=generator(seed))
+
+
+def random_task(seed: int) -> tuple[TransformerBridge, Tokens, Answers]:
+    """The small model, prompts, and two different tokens for each as its answers."""
+    tokens, draws = random_tokens(seed), generator(seed + 1000)
+    answers = [torch.randperm(60, generator=draws)[:2] for _ in tokens]
+    return small_model(), tokens, torch.stack(answers)
+
+
+def random_pair(seed: int) -> tuple[TransformerBridge, Tokens, Tokens, Answers]:
+    """The small model, two sets of prompts, and answers."""
+    model, tokens, answers = random_task(seed)
+    return model, tokens, random_tokens(seed + 1), answers
