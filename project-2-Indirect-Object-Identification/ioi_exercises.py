@@ -165,7 +165,7 @@ path_patch_to_logits = EXERCISES.add(
 
 def _query_cases() -> dict[str, tuple]:
     receivers = {"one receiver": [Head(2, 1)], "two receivers": [Head(2, 0), Head(3, 2)]}
-    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((5,), 6)
+    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((6,), 6)
     return {
         label: (*ways.random_pair(41), senders, heads, end) for label, heads in receivers.items()
     }
@@ -370,7 +370,7 @@ def template_means_answer(
 def _means_cases() -> dict[str, tuple]:
     z = torch.randn(9, 2, 4, 3, 5, generator=ways.generator(13))
     template = torch.tensor([5, 0, 2, 0, 5, 0, 2, 0, 5])
-    return {"9 ABC prompts, 6 prompts": (z, template, torch.tensor([2, 0, 5, 5, 0, 2]))}
+    return {"9 ABC prompts, 6 prompts": (z, template, torch.tensor([2, 0, 5, 0, 0, 2]))}
 
 
 template_means = EXERCISES.add(
@@ -419,24 +419,24 @@ template_means = EXERCISES.add(
 def _nodes(seed: int) -> list[Tensor]:
     """A mask for each of seven heads, none in layer 2, at one position of each prompt."""
     heads = [(0, 1), (1, 2), (0, 0), (3, 1), (1, 0), (3, 2), (0, 2)]
-    places = torch.randint(3, 7, (7, 5), generator=ways.generator(seed))
-    none = torch.zeros(5, 4, 7, 3, dtype=torch.bool)
+    places = torch.randint(3, 7, (7, 6), generator=ways.generator(seed))
+    none = torch.zeros(6, 4, 7, 3, dtype=torch.bool)
     return [
-        set_at(none, (torch.arange(5), layer, places[i], head), True)
+        set_at(none, (torch.arange(6), layer, places[i], head), True)
         for i, (layer, head) in enumerate(heads)
     ]
 
 
 def _circuit_inputs(seed: int) -> tuple:
     """Model, prompts, answers, means, and the mask of a circuit of seven heads."""
-    means = torch.randn(5, 4, 7, 3, 8, generator=ways.generator(seed))
+    means = torch.randn(6, 4, 7, 3, 8, generator=ways.generator(seed))
     keep = torch.stack(_nodes(seed)).any(0)
     return (*ways.random_task(seed), means, keep)
 
 
 def _alone_cases() -> dict[str, tuple]:
-    whole = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.3])
-    scales = {51: -1.2, 52: -4.0, 53: -0.4}  # shares above 1, below 0 and in between
+    whole = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.3, 0.8])
+    scales = {51: -1.0, 52: -3.0, 53: -0.3}  # shares above 1, between, and below 0
     return {f"circuit {seed}": (*_circuit_inputs(seed), by * whole) for seed, by in scales.items()}
 
 
@@ -482,6 +482,9 @@ circuit_alone = EXERCISES.add(
                 ways.circuit_alone,
                 layers=lambda keep: keep.any(0).any(-1).any(-1).nonzero()[:, 0].tolist(),
             )
+        ),
+        "You average F(C) over the prompts; return one value for each, and the share.": (
+            lambda *args: (lambda f, share: (f.mean(), share))(*ways.circuit_alone(*args))
         ),
         "F(C) is right, but your share is the mean of the ratios, in which a prompt with a small "
         "difference counts most; take the ratio of the means.": (
@@ -550,7 +553,11 @@ role_completeness = EXERCISES.add(
 
 def _minimality_cases() -> dict[str, tuple]:
     cases = {}
-    for seed, others in ((65, 2), (75, 3), (86, 3), (89, 2)):  # either comparison, of either sign
+    for seed, others in (
+        (75, 3),
+        (114, 2),
+        (86, 3),
+    ):  # either comparison wins, and the signs differ
         node, *rest = _nodes(seed)
         mask = torch.stack(rest[:others]).any(0)
         cases[f"a role of {others + 1} heads, {seed}"] = (*_circuit_inputs(seed), node, mask)

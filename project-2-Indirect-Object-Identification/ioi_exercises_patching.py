@@ -74,7 +74,7 @@ logit_difference = EXERCISES.add(
 
 
 def _task_cases() -> dict[str, tuple]:
-    return {"5 random prompts": ways.random_task(1)}
+    return {"6 random prompts": ways.random_task(1)}
 
 
 def _unit(model: TransformerBridge, answers: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ sweep_heads = EXERCISES.add(
 
 
 def _slope_cases() -> dict[str, tuple]:
-    return {"5 random prompts": ways.random_pair(31)}
+    return {"6 random prompts": ways.random_pair(31)}
 
 
 attribution_patching = EXERCISES.add(

@@ -338,7 +338,7 @@ def small_model() -> TransformerBridge:
     return tiny_model()
 
 
-def random_tokens(seed: int, n_prompts: int = 5, n_pos: int = 7) -> Tokens:
+def random_tokens(seed: int, n_prompts: int = 6, n_pos: int = 7) -> Tokens:
     """Prompts of tokens that the small model knows."""
     return torch.randint(1, 60, (n_prompts, n_pos), generator=generator(seed))
 
