@@ -98,6 +98,13 @@ path_patch_hook = EXERCISES.add(
                 z, hook, new, sender, original[hook.layer()] if hook.layer() == sender.layer else z
             )
         ),
+        "You froze every layer at the sender's layer; each layer has its own output, "
+        "`original[hook.layer()]`.": lambda z, hook, original, new, sender: _send(
+            z, hook, new, sender, original[sender.layer]
+        ),
+        "You put the new run in everywhere; all heads but the sender are frozen at `original`.": (
+            lambda z, hook, original, new, sender: new[hook.layer()].clone()
+        ),
         "You took the sender at the last position only; take its output at every position.": (
             lambda z, hook, original, new, sender: set_at(
                 original[hook.layer()],
@@ -116,7 +123,7 @@ path_patch_hook = EXERCISES.add(
 
 
 def _path_sweep_cases() -> dict[str, tuple]:
-    senders = {31: [Head(2, 1), Head(0, 2), Head(1, 0)], 33: [Head(0, 0), Head(3, 1)]}
+    senders = {31: [Head(2, 1), Head(1, 2), Head(0, 0)], 33: [Head(0, 0), Head(3, 1)]}
     return {f"{len(heads)} senders": (*ways.random_pair(i), heads) for i, heads in senders.items()}
 
 
@@ -152,6 +159,12 @@ path_patch_to_logits = EXERCISES.add(
         "The frozen heads are those of the new run and the sender that of the original; it is the "
         "other way round.": (
             lambda model, old, new, *rest: _to_logits(model, new, old, *rest, base=old)
+        ),
+        "You divide by the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, senders: (
+                _to_logits(model, old, new, answers, senders)
+                / ways.run_under(model, old, answers)[:, None]
+            )
         ),
         "You subtract the original figure; return the logit difference as it is.": (
             lambda model, old, new, answers, senders: (
@@ -199,6 +212,11 @@ path_patch_to_queries = EXERCISES.add(
         "You record and put in the keys; the receivers' queries are `hook_q`.": (
             partial(_to_queries, site="k")
         ),
+        "You record and put in the values; the receivers' queries are `hook_q`.": (
+            partial(_to_queries, site="v")
+        ),
+        "That is the path to the logits; the path wanted ends at the receivers' queries, and a "
+        "second pass goes on from there.": lambda *args: _to_logits(*args[:5]),
         "Only the first receiver gets its new queries; all of them do, in the same run.": (
             lambda *args: _to_queries(*args[:5], args[5][:1], args[6])
         ),
@@ -279,6 +297,9 @@ copying_score = EXERCISES.add(
         "You divided by k as well: at most one of the k can be the name, so ask whether any "
         "of them is, then average over the names.": (
             lambda *args: _hits(_ov(*args[:4]), *args[4:]).mean()
+        ),
+        "That is the mean probability of the name; ask whether it is among the `k` largest.": (
+            lambda *args: _ov(*args[:4]).softmax(-1)[torch.arange(len(args[4])), args[4]].mean()
         ),
         "That is how many names are copied; return their share, between 0 and 1.": (
             lambda *args: _hits(_ov(*args[:4]), *args[4:]).sum()
@@ -390,6 +411,8 @@ template_means = EXERCISES.add(
         "You pick by the templates of the ABC prompts; the templates asked for are in `wanted`.": (
             lambda z, template, wanted: template_means_answer(z, template, template)
         ),
+        "You use `wanted` to pick prompts; it holds templates, and the mean is over all ABC "
+        "prompts of that template.": lambda z, template, wanted: z[wanted],
         "You return sums; divide by the number of ABC prompts with that template.": (
             lambda z, template, wanted: torch.stack([z[template == t].sum(0) for t in wanted])
         ),
@@ -501,6 +524,10 @@ circuit_alone = EXERCISES.add(
         "negative one.": (
             partial(ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).abs())
         ),
+        "F(C) is right, but your share is of absolute values; average with the signs, so that "
+        "wrong answers count against.": partial(
+            ways.circuit_alone, share=lambda f, whole: f.abs().mean() / whole.abs().mean()
+        ),
         "F(C) is right, but you cut the share off at 1; a circuit can do more than the model.": (
             partial(
                 ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).clamp(max=1)
@@ -532,6 +559,12 @@ role_completeness = EXERCISES.add(
         ),
         "You knock the role out of the model only; your first row is the whole circuit, F(C).": (
             lambda *args: torch.stack([ways.run_kept(*args[:5]), _completeness(*args)[1]])
+        ),
+        "You return how much is lost; return the logit difference that is left.": (
+            lambda *args: (
+                torch.stack([ways.run_kept(*args[:5]), ways.run_under(*args[:3])])
+                - _completeness(*args)
+            )
         ),
         "Both your rows are of the circuit; in the second nothing but the role is ablated.": (
             partial(_completeness, among=lambda keep: keep)
@@ -591,6 +624,9 @@ head_minimality = EXERCISES.add(
         "You take the higher of the two means; the larger in size counts, and a head may work "
         "against the answer.": (
             partial(_minimality, choose=lambda a, b: a if a.mean() >= b.mean() else b)
+        ),
+        "You take the whole role out at once; compare what differs in this one head.": (
+            lambda *args: _minimality(*args[:5], args[5] | args[6], args[6] & False)
         ),
         "You take the smaller of the two changes; the larger in size counts.": (
             partial(_minimality, choose=lambda a, b: b if ways.larger_on_average(a, b) is a else a)

@@ -81,6 +81,12 @@ def _unit(model: TransformerBridge, answers: Tensor) -> Tensor:
     return torch.nn.functional.normalize(ways.direction(model, answers), dim=-1)
 
 
+def _at_all_positions(model: TransformerBridge, tokens: Tensor, answers: Tensor) -> Tensor:
+    written = partial(ways.head_attribution, model, tokens, answers, change=torch.ones_like)
+    scale = ways.at_the_end(model, tokens, ["hook_embed"])[1]
+    return sum(written(position=i) for i in range(tokens.shape[1])) / scale
+
+
 logit_lens = EXERCISES.add(
     number=2,
     name="logit_lens",
@@ -106,6 +112,12 @@ logit_lens = EXERCISES.add(
         ),
         "You read the stream at the first position; the answer is read at the last one.": (
             partial(ways.logit_lens, position=0)
+        ),
+        "You read the stream one position too early; END is the last position.": (
+            partial(ways.logit_lens, position=-2)
+        ),
+        "You divide by the scale twice; once is what the final LayerNorm does.": (
+            partial(ways.logit_lens, norm=lambda stream, scale: stream / scale**2)
         ),
         "The bias of the unembedding is missing: `model.b_U` belongs to the logits too.": (
             partial(ways.logit_lens, bias=False)
@@ -150,6 +162,16 @@ head_attribution = EXERCISES.add(
         ),
         "You read what the heads write at the first position; the answer is written at the last "
         "one.": partial(ways.head_attribution, position=0),
+        "You read what the heads write one position too early; END is the last position.": (
+            partial(ways.head_attribution, position=-2)
+        ),
+        "You sum over what the heads write at all positions; only what they write at the last one "
+        "reaches the answer.": lambda model, tokens, answers: _at_all_positions(
+            model, tokens, answers
+        ),
+        "You divide by the scale twice; once is what the final LayerNorm does.": (
+            partial(ways.head_attribution, change=torch.square)
+        ),
         "You add the layer's bias to its heads: a head writes `z @ W_O`, and the bias belongs to "
         "none of them.": partial(ways.head_attribution, bias=True),
     },
@@ -266,6 +288,12 @@ patch_head = EXERCISES.add(
         "You patched every head of the layer; only `head` should change.": (
             lambda z, hook, clean, head, at: ways.patched(z, clean, ALL, at)
         ),
+        "You gave the whole clean run back; only `head`, at `positions`, changes.": (
+            lambda z, hook, clean, head, at: clean
+        ),
+        "You silenced the head; put its output in the clean run there.": (
+            lambda z, hook, clean, head, at: ways.patched(z, 0 * clean, head, at)
+        ),
         "You patched the head at every position; only each prompt's own `positions` change.": (
             lambda z, hook, clean, head, at: set_at(z, (ALL, ALL, head), clean[:, :, head])
         ),
@@ -331,6 +359,14 @@ sweep_heads = EXERCISES.add(
         "You begin at layer 0; the layers to run through are those in `layers`, in their order.": (
             lambda *args: ways.sweep_heads(*args[:4], range(len(args[4])))
         ),
+        "You return the share of the gap that comes back; return the logit difference of the "
+        "patched run as it is.": lambda model, clean, bad, answers, layers: (
+            metrics.normalised_effect(
+                ways.sweep_heads(model, clean, bad, answers, layers),
+                ways.run_under(model, clean, answers),
+                ways.run_under(model, bad, answers),
+            )
+        ),
         "You subtract the corrupted figure; return the logit difference of the patched run as it "
         "is.": lambda model, clean, bad, answers, layers: (
             ways.sweep_heads(model, clean, bad, answers, layers)
@@ -377,6 +413,18 @@ attribution_patching = EXERCISES.add(
         ),
         "You average over `d_head`; the step along every dimension counts, so sum.": (
             partial(ways.attribution_patching, summed=lambda x: x.sum(-3).mean(-1))
+        ),
+        "Clean and corrupted are swapped: the step leads to the clean activation, and the gradient "
+        "is that of the corrupted run.": lambda model, clean, bad, answers: (
+            ways.attribution_patching(model, bad, clean, answers)
+        ),
+        "You divide by the gap between the two runs; return the change in logits.": (
+            lambda model, clean, bad, answers: (
+                ways.attribution_patching(model, clean, bad, answers)
+                / (ways.run_under(model, clean, answers) - ways.run_under(model, bad, answers))[
+                    :, None, None
+                ]
+            )
         ),
         "You take absolute values before you sum; pushes in opposite directions cancel.": (
             partial(ways.attribution_patching, summed=lambda x: x.abs().sum((-3, -1)))
