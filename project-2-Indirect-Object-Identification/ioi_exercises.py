@@ -59,6 +59,28 @@ def _send(z: Tensor, hook: HookPoint, new: Tensor, sender: Head, start: Tensor) 
     return set_at(start, sent, new[hook.layer()][sent]) if at_sender else start
 
 
+# hooks that are wrong in one way: the sweeps that are asked for next can be wrong by them
+
+
+def _unfrozen(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    return _send(z, hook, new, sender, start=z)
+
+
+def _no_sender(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    return original[hook.layer()].clone()
+
+
+def _in_every_layer(
+    z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head
+) -> Tensor:
+    return _send(z, hook, new, Head(hook.layer(), sender.head), original[hook.layer()])
+
+
+def _whole_layer(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    run = new if hook.layer() == sender.layer else original
+    return run[hook.layer()].clone()
+
+
 path_patch_hook = EXERCISES.add(
     number=8,
     name="path_patch_hook",
@@ -71,23 +93,13 @@ path_patch_hook = EXERCISES.add(
         "The activations come out as they went in: return the frozen layer, with the sender "
         "in it.": lambda z, hook, original, new, sender: z,
         "That is activation patching: the other heads react to the sender. Freeze them at "
-        "their `original` output.": (
-            lambda z, hook, original, new, sender: _send(z, hook, new, sender, start=z)
-        ),
+        "their `original` output.": _unfrozen,
         "Every head is frozen, the sender too, so nothing changes: in its layer, take the "
-        "sender's output from `new`.": (
-            lambda z, hook, original, new, sender: original[hook.layer()].clone()
-        ),
+        "sender's output from `new`.": _no_sender,
         "You patched that head number in every layer; the sender is in one layer only, so "
-        "compare `hook.layer()` with `sender.layer`.": (
-            lambda z, hook, original, new, sender: _send(
-                z, hook, new, Head(hook.layer(), sender.head), original[hook.layer()]
-            )
-        ),
+        "compare `hook.layer()` with `sender.layer`.": _in_every_layer,
         "You took the sender's whole layer from `new`; only `sender.head` should be.": (
-            lambda z, hook, original, new, sender: (
-                new[hook.layer()] if hook.layer() == sender.layer else original[hook.layer()]
-            ).clone()
+            _whole_layer
         ),
         "In the sender's own layer the other heads are not frozen: start from `original` "
         "there too.": lambda z, hook, original, new, sender: _send(
@@ -127,10 +139,6 @@ def _path_sweep_cases() -> dict[str, tuple]:
     return {f"{len(heads)} senders": (*ways.random_pair(i), heads) for i, heads in senders.items()}
 
 
-# hooks of the kind asked for in exercise 8, each wrong in one way
-_unfrozen, _no_sender, _in_every_layer, _whole_layer = (
-    path_patch_hook.mistakes[text] for text in list(path_patch_hook.mistakes)[1:5]
-)
 _to_logits = ways.path_patch_to_logits
 
 path_patch_to_logits = EXERCISES.add(
@@ -663,7 +671,7 @@ def _judge_head(answer: Callable[[], tuple[int, int]]) -> str | None:
     head = check_heads(model, [head])[0]
     if head in _STAGE["named"]:
         return f"{head} has a role already: find one that is not in the circuit."
-    prompts, others = (ioi_prompts(model, n_prompts=64, seed=seed) for seed in (101, 102))
+    prompts, others = (ioi_prompts(model, n_prompts=48, seed=seed) for seed in (101, 102))
     means = circuit.means_run(prompts, circuit.abc_means(model, others))
     f_model, f = circuit.logit_diffs(model, prompts, [[], heads_from(model, [head], means)])
     change = metrics.estimate((f - f_model) / f_model.mean().abs())
