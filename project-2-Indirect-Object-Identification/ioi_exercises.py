@@ -185,7 +185,8 @@ path_patch_to_logits = EXERCISES.add(
 
 
 def _query_cases() -> dict[str, tuple]:
-    receivers = {"one receiver": [Head(2, 1)], "two receivers": [Head(2, 0), Head(3, 2)]}
+    two_layers = [Head(3, 1), Head(2, 0), Head(3, 2)]
+    receivers = {"one receiver": [Head(2, 1)], "three receivers": two_layers}
     senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((6,), 6)
     return {
         label: (*ways.random_pair(41), senders, heads, end) for label, heads in receivers.items()
@@ -227,6 +228,11 @@ path_patch_to_queries = EXERCISES.add(
         "second pass goes on from there.": lambda *args: _to_logits(*args[:5]),
         "Only the first receiver gets its new queries; all of them do, in the same run.": (
             lambda *args: _to_queries(*args[:5], args[5][:1], args[6])
+        ),
+        "Of several receivers in one layer only the last gets its new queries; all of them do.": (
+            lambda *args: _to_queries(
+                *args[:5], list({h.layer: h for h in args[5]}.values()), args[6]
+            )
         ),
         "Original and new are swapped: the run and all frozen heads are the original ones.": (
             lambda model, old, new, *rest: _to_queries(model, new, old, *rest)
