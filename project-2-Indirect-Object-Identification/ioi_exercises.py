@@ -1,363 +1,265 @@
 """The exercises of the IOI notebook: right answers, test cases, typical mistakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
+import ioi_experiments as ways
 import torch
+from ioi_exercises_patching import (
+    ALL,
+    EXERCISES,
+    attribution_patching,
+    corrupt_s2,
+    head_attribution,
+    logit_difference,
+    logit_lens,
+    patch_head,
+    sweep_heads,
+)
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 
 from utils import circuit, metrics
-from utils.exercises import Exercises, run_hook, set_at
-from utils.heads import Head
+from utils.diagnosis import a_kind
+from utils.edits import heads_from
+from utils.exercises import hook_point, run_hook, set_at
+from utils.heads import Head, check_heads
+from utils.ioi import ioi_prompts
 
-EXERCISES = Exercises()
-progress = EXERCISES.progress
-ALL = slice(None)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-# Exercise 1: the logit difference
-
-
-def _logit_cases() -> dict[str, tuple]:
-    logits = torch.randn(3, 4, 9, generator=_generator(1))
-    return {"3 prompts of 4 tokens": (logits, torch.tensor([[2, 5], [7, 0], [8, 3]]))}
+__all__ = [  # of parts 1 to 3
+    "attribution_patching",
+    "corrupt_s2",
+    "head_attribution",
+    "logit_difference",
+    "logit_lens",
+    "patch_head",
+    "sweep_heads",
+]
+predict, progress = EXERCISES.predict, EXERCISES.progress
 
 
-def _at(logits: Tensor, position: int, answers: Tensor) -> Tensor:
-    """Logit of right minus logit of wrong at a position."""
-    return metrics.logit_diff(logits[:, position][:, None], answers)
-
-
-logit_difference = EXERCISES.add(
-    number=1,
-    title="logit difference",
-    reference=metrics.logit_diff,
-    cases=_logit_cases,
-    mistakes={
-        "Your signs are turned round: the first column of `answers` is the right name, and "
-        "the difference is right minus wrong.": (
-            lambda logits, answers: _at(logits, -1, answers.flip(1))
-        ),
-        "You read the logits at the first position; the answer comes after the last one, "
-        "`logits[:, -1]`.": (lambda logits, answers: _at(logits, 0, answers)),
-        "You average over the positions; only the last one, `logits[:, -1]`, predicts the "
-        "answer.": (
-            lambda logits, answers: metrics.logit_diff(logits.mean(1, keepdim=True), answers)
-        ),
-        "You subtract probabilities; the difference is one of logits, so no softmax.": (
-            lambda logits, answers: metrics.logit_diff(logits.softmax(-1), answers)
-        ),
-        "That is the logit of the right name alone; subtract that of the wrong one.": (
-            lambda logits, answers: logits[:, -1].gather(1, answers)[:, 0]
-        ),
-        "You averaged over the prompts: return one difference per prompt, the standard error "
-        "is computed from them.": (
-            lambda logits, answers: metrics.logit_diff(logits, answers).mean()
-        ),
-        "You look up every prompt's names in every prompt; pick each prompt's own pair, with "
-        "`gather` or by indexing rows too.": (
-            lambda logits, answers: (
-                logits[:, -1, answers[:, 0]] - logits[:, -1, answers[:, 1]]  # [prompt prompt]
-            )
-        ),
-    },
-)
-
-
-# Exercise 2: what one head writes to the logit difference
-
-
-def _attribution_cases() -> dict[str, tuple]:
-    generator = _generator(2)
-    z, w_o = torch.randn(3, 4, generator=generator), torch.randn(4, 6, generator=generator)
-    scale = 1.5 + torch.rand(3, generator=generator)
-    return {"3 prompts": (z, w_o, scale, torch.randn(3, 6, generator=generator))}
-
-
-def _attribution(z: Tensor, w_o: Tensor, scale: Tensor, direction: Tensor) -> Tensor:
-    return ((z @ w_o) * direction).sum(-1) / scale
-
-
-direct_attribution = EXERCISES.add(
-    number=2,
-    title="one head's direct attribution",
-    reference=_attribution,
-    cases=_attribution_cases,
-    mistakes={
-        "The scale of the final LayerNorm is missing: divide what the head writes by it, or "
-        "the parts do not add up to the logit difference.": (
-            lambda z, w_o, scale, direction: _attribution(z, w_o, torch.ones_like(scale), direction)
-        ),
-        "You multiply by the scale; the final LayerNorm divides by it.": (
-            lambda z, w_o, scale, direction: _attribution(z, w_o, 1 / scale, direction)
-        ),
-        "You average over the dimensions of the stream; a dot product is their sum.": (
-            lambda z, w_o, scale, direction: ((z @ w_o) * direction).mean(-1) / scale
-        ),
-        "You made the direction a unit vector; logits are dot products with the unembedding "
-        "itself, so keep its length.": (
-            lambda z, w_o, scale, direction: _attribution(
-                z, w_o, scale, direction / direction.norm(dim=-1, keepdim=True)
-            )
-        ),
-        "You project every prompt on every prompt's direction; each prompt has its own names, "
-        "so multiply row by row and sum over `d_model`.": (
-            lambda z, w_o, scale, direction: (z @ w_o / scale[:, None]) @ direction.T
-        ),
-        "You averaged over the prompts: return one value per prompt.": (
-            lambda *args: _attribution(*args).mean()
-        ),
-    },
-)
-
-
-# Exercise 3: corrupted prompts
-
-
-def _s2_cases() -> dict[str, tuple]:
-    tokens = torch.arange(10, 34).reshape(3, 8)
-    positions = {
-        "IO": torch.tensor([1, 3, 2]),
-        "S1": torch.tensor([3, 1, 4]),
-        "S2": torch.tensor([5, 7, 6]),
-    }
-    rows = torch.arange(3)
-    tokens[rows, positions["S2"]] = tokens[rows, positions["S1"]]
-    return {"3 prompts of 8 tokens": (tokens, positions)}
-
-
-def _write(tokens: Tensor, at: Tensor, names: Tensor) -> Tensor:
-    """The tokens with each prompt's entry `at` replaced by its entry of `names`."""
-    return set_at(tokens, (torch.arange(len(tokens)), at), names)
-
-
-def _name(tokens: Tensor, at: Tensor) -> Tensor:
-    return tokens[torch.arange(len(tokens)), at]
-
-
-corrupt_s2 = EXERCISES.add(
-    number=3,
-    title="corrupted prompts",
-    reference=lambda tokens, positions: _write(
-        tokens, positions["S2"], _name(tokens, positions["IO"])
-    ),
-    cases=_s2_cases,
-    mistakes={
-        "The prompts come out as they went in: return the copy that you changed.": (
-            lambda tokens, positions: tokens.clone()
-        ),
-        "You replaced the first mention of the subject; it is the second, `S2`, that says who "
-        "is giving.": (
-            lambda tokens, positions: _write(
-                tokens, positions["S1"], _name(tokens, positions["IO"])
-            )
-        ),
-        "It is the other way round: the name at IO is written over the name at S2, and IO stays.": (
-            lambda tokens, positions: _write(
-                tokens, positions["IO"], _name(tokens, positions["S2"])
-            )
-        ),
-        "You exchanged the two names; only S2 changes, IO stays.": (
-            lambda tokens, positions: _write(
-                _write(tokens, positions["S2"], _name(tokens, positions["IO"])),
-                positions["IO"],
-                _name(tokens, positions["S2"]),
-            )
-        ),
-        "You wrote the *position* of IO over S2; look up the token that stands there.": (
-            lambda tokens, positions: _write(tokens, positions["S2"], positions["IO"])
-        ),
-        "You used the first prompt's positions for all prompts; each prompt has its own (IO "
-        "comes first in ABBA, second in BABA).": (
-            lambda tokens, positions: set_at(
-                tokens, (ALL, positions["S2"][0]), tokens[:, positions["IO"][0]]
-            )
-        ),
-        "`tokens[:, positions]` takes the positions of all prompts in every prompt; index the "
-        "rows too, with `torch.arange(len(tokens))`.": (
-            lambda tokens, positions: set_at(
-                tokens, (ALL, positions["S2"]), tokens[:, positions["IO"]]
-            )
-        ),
-    },
-)
-
-
-# Exercise 4: patch one head
-
-
-def _patch_head_cases() -> dict[str, tuple]:
-    z, clean = torch.randn(2, 2, 4, 3, 5, generator=_generator(4)).unbind(0)
-    return {"head 1 of 3": (z, clean, 1), "head 2 of 3": (z, clean, 2)}
-
-
-def _with_head(z: Tensor, clean: Tensor, head: int) -> Tensor:
-    return set_at(z, (ALL, ALL, head), clean[:, :, head])
-
-
-patch_head = EXERCISES.add(
-    number=4,
-    title="patch one head",
-    reference=lambda z, hook, clean, head: _with_head(z, clean, head),
-    cases=_patch_head_cases,
-    run=run_hook,
-    mistakes={
-        "The activation comes out as it went in: assign to `z[:, :, head]`, or return the "
-        "edited copy.": (lambda z, hook, clean, head: z),
-        "You patched a position instead of a head: heads are the third axis, `z[:, :, head]`.": (
-            lambda z, hook, clean, head: set_at(z, (ALL, head), clean[:, head])
-        ),
-        "You patched one dimension of every head: heads are the third axis, `z[:, :, head]`.": (
-            lambda z, hook, clean, head: set_at(z, (..., head), clean[..., head])
-        ),
-        "You patched every head of the layer; only `head` should change.": (
-            lambda z, hook, clean, head: clean
-        ),
-        "Clean and corrupted are swapped: the run is the corrupted one, and one head of it "
-        "gets the clean output.": (lambda z, hook, clean, head: _with_head(clean, z, head)),
-        "You patched the last position only: patch the head at every position.": (
-            lambda z, hook, clean, head: set_at(z, (ALL, -1, head), clean[:, -1, head])
-        ),
-    },
-)
-
-
-# Exercise 5: patch by position
-
-
-def _patch_position_cases() -> dict[str, tuple]:
-    resid, clean = torch.randn(2, 3, 6, 5, generator=_generator(5)).unbind(0)
-    return {"3 prompts of 6 tokens": (resid, clean, torch.tensor([1, 4, 2]))}
-
-
-def _with_positions(resid: Tensor, clean: Tensor, positions: Tensor) -> Tensor:
-    index = (torch.arange(len(resid)), positions)
-    return set_at(resid, index, clean[index])
-
-
-patch_position = EXERCISES.add(
-    number=5,
-    title="patch by position",
-    reference=lambda resid, hook, clean, positions: _with_positions(resid, clean, positions),
-    cases=_patch_position_cases,
-    run=run_hook,
-    mistakes={
-        "The activation comes out as it went in: assign to it, or return the edited copy.": (
-            lambda resid, hook, clean, positions: resid
-        ),
-        "`resid[:, positions]` patches the positions of all prompts in every prompt; index the "
-        "rows too, with `torch.arange(len(resid))`.": (
-            lambda resid, hook, clean, positions: set_at(
-                resid, (ALL, positions), clean[:, positions]
-            )
-        ),
-        "You used the first prompt's position for all prompts; each prompt has its own.": (
-            lambda resid, hook, clean, positions: set_at(
-                resid, (ALL, positions[0]), clean[:, positions[0]]
-            )
-        ),
-        "You patched every position; only each prompt's own should change.": (
-            lambda resid, hook, clean, positions: clean
-        ),
-        "Clean and corrupted are swapped: the run is the corrupted one, and one position of "
-        "it gets the clean stream.": (
-            lambda resid, hook, clean, positions: _with_positions(clean, resid, positions)
-        ),
-        "You patched the position after: `positions` counts from 0, as the tensor does.": (
-            lambda resid, hook, clean, positions: _with_positions(resid, clean, positions + 1)
-        ),
-    },
-)
-
-
-# Exercise 6: path patching to the logits
+# Exercises 8 to 10: path patching
 
 
 def _path_cases() -> dict[str, tuple]:
-    z, original, new = torch.randn(3, 3, 2, 4, 3, 5, generator=_generator(6)).unbind(0)
-    return {"sender L1H2": (z, original, new, Head(1, 2)), "L0H1": (z, original, new, Head(0, 1))}
+    z, original, new = torch.randn(3, 3, 2, 4, 3, 5, generator=ways.generator(6)).unbind(0)
+    return {
+        f"layer {layer}, sender {sender}": (z[layer], hook_point(layer), original, new, sender)
+        for sender in (Head(1, 2), Head(0, 1))
+        for layer in range(3)
+    }
 
 
-def _run_all_layers(answer: Callable, z: Tensor, *args: object) -> Tensor:
-    """What the hook makes of every layer, [layer prompt pos head d_head]."""
-    edited = []
-    for layer, activation in enumerate(z):
-        hook = HookPoint()
-        hook.name = f"blocks.{layer}.attn.hook_z"
-        activation = activation.clone()
-        returned = answer(activation, hook, *args)
-        edited.append(activation if returned is None else returned)
-    return torch.stack(edited)
+def _send(z: Tensor, hook: HookPoint, new: Tensor, sender: Head, start: Tensor) -> Tensor:
+    """A layer that starts from `start`, with the sender in it if it is the sender's."""
+    at_sender = hook.layer() == sender.layer
+    sent = (ALL, ALL, sender.head)
+    return set_at(start, sent, new[hook.layer()][sent]) if at_sender else start
 
 
-def _path(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
-    layer, head = sender
-    frozen = original[hook.layer()]
-    return _with_head(frozen, new[layer], head) if hook.layer() == layer else frozen.clone()
+# hooks that are wrong in one way: the sweeps that are asked for next can be wrong by them
+
+
+def _unfrozen(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    return _send(z, hook, new, sender, start=z)
+
+
+def _no_sender(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    return original[hook.layer()].clone()
+
+
+def _in_every_layer(
+    z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head
+) -> Tensor:
+    return _send(z, hook, new, Head(hook.layer(), sender.head), original[hook.layer()])
+
+
+def _whole_layer(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, sender: Head) -> Tensor:
+    run = new if hook.layer() == sender.layer else original
+    return run[hook.layer()].clone()
 
 
 path_patch_hook = EXERCISES.add(
-    number=6,
+    number=8,
+    name="path_patch_hook",
     title="path patch to the logits",
-    reference=_path,
+    part="4",
+    reference=ways.path_patch_hook,
     cases=_path_cases,
-    run=_run_all_layers,
+    run=run_hook,
     mistakes={
         "The activations come out as they went in: return the frozen layer, with the sender "
-        "in it.": (lambda z, hook, original, new, sender: z),
+        "in it.": lambda z, hook, original, new, sender: z,
         "That is activation patching: the other heads react to the sender. Freeze them at "
-        "their `original` output.": (
-            lambda z, hook, original, new, sender: (
-                _with_head(z, new[sender.layer], sender.head) if hook.layer() == sender.layer else z
-            )
-        ),
+        "their `original` output.": _unfrozen,
         "Every head is frozen, the sender too, so nothing changes: in its layer, take the "
-        "sender's output from `new`.": (
-            lambda z, hook, original, new, sender: original[hook.layer()].clone()
-        ),
+        "sender's output from `new`.": _no_sender,
         "You patched that head number in every layer; the sender is in one layer only, so "
-        "compare `hook.layer()` with `sender.layer`.": (
-            lambda z, hook, original, new, sender: _with_head(
-                original[hook.layer()], new[hook.layer()], sender.head
-            )
-        ),
+        "compare `hook.layer()` with `sender.layer`.": _in_every_layer,
         "You took the sender's whole layer from `new`; only `sender.head` should be.": (
-            lambda z, hook, original, new, sender: (
-                new[hook.layer()] if hook.layer() == sender.layer else original[hook.layer()]
-            ).clone()
+            _whole_layer
         ),
         "In the sender's own layer the other heads are not frozen: start from `original` "
-        "there too.": (
-            lambda z, hook, original, new, sender: (
-                _with_head(z, new[sender.layer], sender.head)
-                if hook.layer() == sender.layer
-                else original[hook.layer()].clone()
-            )
+        "there too.": lambda z, hook, original, new, sender: _send(
+            z, hook, new, sender, z if hook.layer() == sender.layer else original[hook.layer()]
         ),
         "You froze the sender's layer only; the heads of every other layer are frozen too.": (
-            lambda z, hook, original, new, sender: (
-                _path(z, hook, original, new, sender) if hook.layer() == sender.layer else z
+            lambda z, hook, original, new, sender: _send(
+                z, hook, new, sender, original[hook.layer()] if hook.layer() == sender.layer else z
+            )
+        ),
+        "You froze every layer at the sender's layer; each layer has its own output, "
+        "`original[hook.layer()]`.": lambda z, hook, original, new, sender: _send(
+            z, hook, new, sender, original[sender.layer]
+        ),
+        "You put the new run in everywhere; all heads but the sender are frozen at `original`.": (
+            lambda z, hook, original, new, sender: new[hook.layer()].clone()
+        ),
+        "You took the sender at the last position only; take its output at every position.": (
+            lambda z, hook, original, new, sender: set_at(
+                original[hook.layer()],
+                (ALL, -1),
+                ways.path_patch_hook(z, hook, original, new, sender)[:, -1],
             )
         ),
         "`original` and `new` are swapped: all heads as in the original run, the sender as "
         "in the new one.": (
-            lambda z, hook, original, new, sender: _path(z, hook, new, original, sender)
+            lambda z, hook, original, new, sender: ways.path_patch_hook(
+                z, hook, new, original, sender
+            )
         ),
     },
 )
 
 
-# Exercise 7: the copying score
+def _path_sweep_cases() -> dict[str, tuple]:
+    senders = {31: [Head(2, 1), Head(1, 2), Head(0, 0)], 33: [Head(0, 0), Head(3, 1)]}
+    return {f"{len(heads)} senders": (*ways.random_pair(i), heads) for i, heads in senders.items()}
+
+
+_to_logits = ways.path_patch_to_logits
+
+path_patch_to_logits = EXERCISES.add(
+    number=9,
+    name="path_patch_to_logits",
+    title="the sweep over senders",
+    part="4",
+    reference=_to_logits,
+    cases=_path_sweep_cases,
+    mistakes={
+        "That is activation patching: the other heads react to the sender. Put your hook into "
+        "every layer, so that they stay frozen.": partial(_to_logits, hook=_unfrozen),
+        "All your runs give the original figure: the sender's output is not taken from the new "
+        "run.": partial(_to_logits, hook=_no_sender),
+        "You patch that head number in every layer; the sender is one head of one layer.": (
+            partial(_to_logits, hook=_in_every_layer)
+        ),
+        "You send the whole layer of the sender; one head at a time.": (
+            partial(_to_logits, hook=_whole_layer)
+        ),
+        "You run the new prompts; the run is the original one, and the sender's output alone is "
+        "new.": lambda model, old, new, *rest: _to_logits(model, old, new, *rest, base=new),
+        "Original and new are swapped: the run and all frozen heads are the original ones.": (
+            lambda model, old, new, *rest: _to_logits(model, new, old, *rest)
+        ),
+        "The frozen heads are those of the new run and the sender that of the original; it is the "
+        "other way round.": (
+            lambda model, old, new, *rest: _to_logits(model, new, old, *rest, base=old)
+        ),
+        "You divide by the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, senders: (
+                _to_logits(model, old, new, answers, senders)
+                / ways.run_under(model, old, answers)[:, None]
+            )
+        ),
+        "You subtract the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, senders: (
+                _to_logits(model, old, new, answers, senders)
+                - ways.run_under(model, old, answers)[:, None]
+            )
+        ),
+    },
+)
+
+
+def _query_cases() -> dict[str, tuple]:
+    two_layers = [Head(3, 1), Head(2, 0), Head(3, 2)]
+    receivers = {"one receiver": [Head(2, 1)], "three receivers": two_layers}
+    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((6,), 6)
+    return {
+        label: (*ways.random_pair(41), senders, heads, end) for label, heads in receivers.items()
+    }
+
+
+_to_queries = ways.path_patch_to_queries
+
+path_patch_to_queries = EXERCISES.add(
+    number=10,
+    name="path_patch_to_queries",
+    title="path patching to a receiver",
+    part="4",
+    reference=_to_queries,
+    cases=_query_cases,
+    mistakes={
+        "In your first pass the other heads are not frozen, so the sender reaches the queries "
+        "through them too.": partial(_to_queries, first=_unfrozen),
+        "The sender is patched in your second pass too; only what arrives at the queries may be "
+        "new there.": partial(_to_queries, second=_unfrozen),
+        "All your runs give the original figure: take the sender from the new run in the first "
+        "pass, and let the heads run freely, not frozen, in the second.": (
+            partial(_to_queries, first=_no_sender)
+        ),
+        "Your queries come straight from the new run; record them in the first pass, with all "
+        "frozen but the sender.": partial(_to_queries, from_new=True),
+        "You put the queries in at every position; only at each prompt's own `positions`.": (
+            partial(_to_queries, everywhere=True)
+        ),
+        "You put the queries of all heads of the receivers' layer in; only those of the "
+        "receivers.": partial(_to_queries, whole_layer=True),
+        "You record and put in the keys; the receivers' queries are `hook_q`.": (
+            partial(_to_queries, site="k")
+        ),
+        "You record and put in the values; the receivers' queries are `hook_q`.": (
+            partial(_to_queries, site="v")
+        ),
+        "That is the path to the logits; the path wanted ends at the receivers' queries, and a "
+        "second pass goes on from there.": lambda *args: _to_logits(*args[:5]),
+        "Only the first receiver gets its new queries; all of them do, in the same run.": (
+            lambda *args: _to_queries(*args[:5], args[5][:1], args[6])
+        ),
+        "Of several receivers in one layer only the last gets its new queries; all of them do.": (
+            lambda *args: _to_queries(
+                *args[:5], list({h.layer: h for h in args[5]}.values()), args[6]
+            )
+        ),
+        "Original and new are swapped: the run and all frozen heads are the original ones.": (
+            lambda model, old, new, *rest: _to_queries(model, new, old, *rest)
+        ),
+    },
+)
+
+
+# Exercise 11: the copying score
+
+
+def copying_score_answer(
+    resid: Float[Tensor, "name d_model"],
+    w_v: Float[Tensor, "d_model d_head"],
+    w_o: Float[Tensor, "d_head d_model"],
+    w_u: Float[Tensor, "d_model vocab"],
+    names: Int[Tensor, "name"],
+    k: int,
+) -> float:
+    """Share of names whose own logit is among the k largest that the head gives."""
+    return _hits(_ov(resid, w_v, w_o, w_u), names, k).any(-1).float().mean().item()
 
 
 def _copying_cases() -> dict[str, tuple]:
     cases = {}
-    for seed, k in ((7, 3), (8, 5)):
-        generator = _generator(seed)
+    for seed, k in ((7, 3), (8, 5), (9, 4)):
+        generator = ways.generator(seed)
         names = torch.randperm(30, generator=generator)[:12]
         w_u = torch.randn(8, 30, generator=generator)
         resid = w_u[:, names].T + 0.5 * torch.randn(12, 8, generator=generator)
@@ -378,121 +280,419 @@ def _ov(resid: Tensor, w_v: Tensor, w_o: Tensor, w_u: Tensor) -> Tensor:
 
 
 copying_score = EXERCISES.add(
-    number=7,
+    number=11,
+    name="copying_score",
     title="copying score",
-    reference=lambda resid, w_v, w_o, w_u, names, k: (
-        _hits(_ov(resid, w_v, w_o, w_u), names, k).any(-1).float().mean().item()
-    ),
+    part="5",
+    reference=copying_score_answer,
     cases=_copying_cases,
     mistakes={
         "You ask for the largest logit; the name may be anywhere among the `k` largest.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, 1).mean()
+            lambda *args: _hits(_ov(*args[:4]), args[4], 1).mean()
+        ),
+        "You let one rank too many pass: of ranks counted from 0, those below `k` count.": (
+            lambda *args: _hits(_ov(*args[:4]), args[4], args[5] + 1).sum(-1).mean()
         ),
         "You look among the k smallest logits; that is the score of a negative name mover.": (
-            lambda resid, w_v, w_o, w_u, names, k: (
-                _hits(-_ov(resid, w_v, w_o, w_u), names, k).sum(-1).mean()
-            )
+            lambda *args: _hits(-_ov(*args[:4]), *args[4:]).sum(-1).mean()
         ),
         "You unembed the residual stream itself; it must go through the head first, `w_v` and "
-        "then `w_o`.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(resid @ w_u, names, k).sum(-1).mean()
+        "then `w_o`.": lambda resid, w_v, w_o, w_u, names, k: (
+            _hits(resid @ w_u, names, k).sum(-1).mean()
         ),
         "You count a row when *any* name is among its k largest logits; it must be the name "
-        "of that row.": (
-            lambda resid, w_v, w_o, w_u, names, k: (
-                torch.isin(_ov(resid, w_v, w_o, w_u).topk(k).indices, names).any(-1).float().mean()
-            )
+        "of that row.": lambda *args: (
+            torch.isin(_ov(*args[:4]).topk(args[5]).indices, args[4]).any(-1).float().mean()
+        ),
+        "You rank the name among the other names; it must be among the `k` largest of the whole "
+        "vocabulary.": lambda *args: (
+            _hits(_ov(*args[:4])[:, args[4]], torch.arange(len(args[4])), args[5]).sum(-1).mean()
         ),
         "You divided by k as well: at most one of the k can be the name, so ask whether any "
         "of them is, then average over the names.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).mean()
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).mean()
+        ),
+        "That is the mean probability of the name; ask whether it is among the `k` largest.": (
+            lambda *args: _ov(*args[:4]).softmax(-1)[torch.arange(len(args[4])), args[4]].mean()
         ),
         "That is how many names are copied; return their share, between 0 and 1.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).sum()
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).sum()
         ),
         "You return one entry per name; average them into one number.": (
-            lambda resid, w_v, w_o, w_u, names, k: _hits(_ov(resid, w_v, w_o, w_u), names, k).sum(
-                -1
+            lambda *args: _hits(_ov(*args[:4]), *args[4:]).sum(-1)
+        ),
+    },
+)
+
+
+# Exercise 12: position or token
+
+CODES = torch.tensor([[p, t] for p in (1, -1) for t in (1, 0, -1)])
+
+
+def fit_signal_answer(
+    values: Float[Tensor, "variant prompt"], codes: Int[Tensor, "variant 2"]
+) -> Float[Tensor, "code prompt"]:
+    """Each prompt's coefficients in values = position * codes[:, 0] + token * codes[:, 1]."""
+    return torch.linalg.lstsq(codes.to(values), values).solution
+
+
+def _signal_cases() -> dict[str, tuple]:
+    cases = {}
+    for seed, order in ((1, range(6)), (2, [4, 0, 5, 3, 1, 2])):
+        known = torch.randn(2, 5, generator=ways.generator(seed)) * torch.tensor([[3.0], [1.0]])
+        noise = 0.3 * torch.randn(6, 5, generator=ways.generator(seed + 2))
+        values = CODES.float() @ known + noise
+        cases[f"variants in order {list(order)}"] = (values[list(order)], CODES[list(order)])
+    return cases
+
+
+def _weighted(values: Tensor, codes: Tensor, sizes: tuple[float, float]) -> Tensor:
+    """Sums of the values with the codes as weights, each divided by a number."""
+    return codes.to(values).T @ values / torch.tensor(sizes)[:, None]
+
+
+fit_signal = EXERCISES.add(
+    number=12,
+    name="fit_signal",
+    title="position or token",
+    part="5",
+    reference=fit_signal_answer,
+    cases=_signal_cases,
+    mistakes={
+        "The two coefficients have changed places: position is the first code, token the second.": (
+            lambda values, codes: fit_signal_answer(values, codes).flip(0)
+        ),
+        "Your token coefficient is divided by all six variants; two of them say nothing of it, so "
+        "divide by four.": lambda values, codes: _weighted(values, codes, (6, 6)),
+        "You return sums; divide by how often each code counts: the sum of its squares.": (
+            lambda values, codes: _weighted(values, codes, (1, 1))
+        ),
+        "You take the whole difference between kept and turned round; the codes are two apart, so "
+        "halve it.": lambda values, codes: _weighted(values, codes, (3, 2)),
+        "You use the variants that keep the position alone; fit all of them at once.": (
+            lambda values, codes: fit_signal_answer(
+                values[codes[:, 0] == 1], codes[codes[:, 0] == 1]
+            )
+        ),
+        "You use the variants with the same name alone; fit all of them at once.": (
+            lambda values, codes: fit_signal_answer(
+                values[codes[:, 1] == 1], codes[codes[:, 1] == 1]
+            )
+        ),
+        "You fit the mean over the prompts; fit each prompt by itself.": (
+            lambda values, codes: fit_signal_answer(values.mean(1, keepdim=True), codes)
+        ),
+        "The variants do not stand in one order: read what each is from its row of `codes`.": (
+            lambda values, codes: fit_signal_answer(values, CODES)
+        ),
+    },
+)
+
+
+# Exercise 13: means by template
+
+
+def template_means_answer(
+    z: Float[Tensor, "abc layer pos head d_head"],
+    template: Int[Tensor, "abc"],
+    wanted: Int[Tensor, "prompt"],
+) -> Float[Tensor, "prompt layer pos head d_head"]:
+    """For each template in `wanted`, the mean of z over the ABC prompts of that template."""
+    return torch.stack([z[template == t].mean(0) for t in wanted])
+
+
+def _means_cases() -> dict[str, tuple]:
+    z = torch.randn(9, 2, 4, 3, 5, generator=ways.generator(13))
+    template = torch.tensor([5, 0, 2, 0, 5, 0, 2, 0, 5])
+    return {"9 ABC prompts, 6 prompts": (z, template, torch.tensor([2, 0, 5, 0, 0, 2]))}
+
+
+template_means = EXERCISES.add(
+    number=13,
+    name="template_means",
+    title="means by template",
+    part="6",
+    reference=template_means_answer,
+    cases=_means_cases,
+    mistakes={
+        "You average over all ABC prompts; each prompt gets the mean of its own template.": (
+            lambda z, template, wanted: z.mean(0).expand(len(wanted), *z.shape[1:])
+        ),
+        "You give one mean for each template; pick for each prompt that of its own, `wanted`.": (
+            lambda z, template, wanted: template_means_answer(z, template, wanted.unique())
+        ),
+        "You pick by the templates of the ABC prompts; the templates asked for are in `wanted`.": (
+            lambda z, template, wanted: template_means_answer(z, template, template)
+        ),
+        "You use `wanted` to pick prompts; it holds templates, and the mean is over all ABC "
+        "prompts of that template.": lambda z, template, wanted: z[wanted],
+        "You return sums; divide by the number of ABC prompts with that template.": (
+            lambda z, template, wanted: torch.stack([z[template == t].sum(0) for t in wanted])
+        ),
+        "You divide by the number of all ABC prompts; divide by those with that template.": (
+            lambda z, template, wanted: torch.stack(
+                [z[template == t].sum(0) / len(z) for t in wanted]
+            )
+        ),
+        "You average over the positions too; a head's mean differs from position to position.": (
+            lambda z, template, wanted: template_means_answer(
+                z.mean(2, keepdim=True).expand_as(z), template, wanted
+            )
+        ),
+        "You take one ABC prompt for each template; average over all that have it.": (
+            lambda z, template, wanted: torch.stack([z[template == t][0] for t in wanted])
+        ),
+        "You take the prompts that have *another* template.": (
+            lambda z, template, wanted: torch.stack([z[template != t].mean(0) for t in wanted])
+        ),
+    },
+)
+
+
+# Exercises 14 to 16: the circuit alone, and its parts
+
+
+def _nodes(seed: int) -> list[Tensor]:
+    """A mask for each of seven heads, none in layer 2, at one position of each prompt."""
+    heads = [(0, 1), (1, 2), (0, 0), (3, 1), (1, 0), (3, 2), (0, 2)]
+    places = torch.randint(3, 7, (7, 6), generator=ways.generator(seed))
+    none = torch.zeros(6, 4, 7, 3, dtype=torch.bool)
+    return [
+        set_at(none, (torch.arange(6), layer, places[i], head), True)
+        for i, (layer, head) in enumerate(heads)
+    ]
+
+
+def _circuit_inputs(seed: int) -> tuple:
+    """Model, prompts, answers, means, and the mask of a circuit of seven heads."""
+    means = torch.randn(6, 4, 7, 3, 8, generator=ways.generator(seed))
+    keep = torch.stack(_nodes(seed)).any(0)
+    return (*ways.random_task(seed), means, keep)
+
+
+def _alone_cases() -> dict[str, tuple]:
+    whole = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.3, 0.8])
+    scales = {51: -1.0, 52: -3.0, 53: -0.3}  # shares above 1, between, and below 0
+    return {f"circuit {seed}": (*_circuit_inputs(seed), by * whole) for seed, by in scales.items()}
+
+
+def _alone_where(change: Callable) -> Callable:
+    """The circuit alone, once its means and its mask went through `change`."""
+    return lambda model, tokens, answers, means, keep, f_model: ways.circuit_alone(
+        model, tokens, answers, *change(means, keep), f_model
+    )
+
+
+circuit_alone = EXERCISES.add(
+    number=14,
+    name="circuit_alone",
+    title="the circuit alone",
+    part="7",
+    reference=ways.circuit_alone,
+    cases=_alone_cases,
+    mistakes={
+        "It is the other way round: where `keep` is True the output stays, elsewhere it becomes "
+        "its mean.": _alone_where(lambda means, keep: (means, ~keep)),
+        "That is a zero ablation; put the means in place of what is not kept.": (
+            _alone_where(lambda means, keep: (0 * means, keep))
+        ),
+        "You replace every head everywhere; what `keep` marks stays.": (
+            _alone_where(lambda means, keep: (means, keep & False))
+        ),
+        "You replace nothing: that is the whole model, F(M).": (
+            _alone_where(lambda means, keep: (means, keep | True))
+        ),
+        "You average `means` over the prompts: each prompt already has the mean of its own "
+        "template there.": _alone_where(
+            lambda means, keep: (means.mean(0, keepdim=True).expand_as(means), keep)
+        ),
+        "You keep what is kept in *any* prompt; `keep` has a row for each prompt, because the "
+        "positions differ.": _alone_where(
+            lambda means, keep: (means, keep.any(0, keepdim=True).expand_as(keep))
+        ),
+        "You keep heads at all positions; they stay only at the positions that `keep` marks.": (
+            _alone_where(lambda means, keep: (means, keep.any(2, keepdim=True).expand_as(keep)))
+        ),
+        "Layers that hold no head of the circuit are left as they are; they are replaced whole.": (
+            partial(
+                ways.circuit_alone,
+                layers=lambda keep: keep.any(0).any(-1).any(-1).nonzero()[:, 0].tolist(),
+            )
+        ),
+        "You average F(C) over the prompts; return one value for each, and the share.": (
+            lambda *args: (lambda f, share: (f.mean(), share))(*ways.circuit_alone(*args))
+        ),
+        "F(C) is right, but your share is the mean of the ratios, in which a prompt with a small "
+        "difference counts most; take the ratio of the means.": (
+            partial(ways.circuit_alone, share=lambda f, whole: (f / whole).mean())
+        ),
+        "F(C) is right, but your share is upside down: what the circuit gives, over what the model "
+        "gives.": partial(ways.circuit_alone, share=lambda f, whole: whole.mean() / f.mean()),
+        "F(C) is right, but you return the share that is lost; return the share that is kept.": (
+            partial(ways.circuit_alone, share=lambda f, whole: 1 - f.mean() / whole.mean())
+        ),
+        "F(C) is right, but your share is a difference, in logits; return the ratio F(C) over "
+        "F(M).": partial(ways.circuit_alone, share=lambda f, whole: f.mean() - whole.mean()),
+        "F(C) is right, but your share lost its sign: a circuit that prefers the wrong name has a "
+        "negative one.": (
+            partial(ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).abs())
+        ),
+        "F(C) is right, but your share is of absolute values; average with the signs, so that "
+        "wrong answers count against.": partial(
+            ways.circuit_alone, share=lambda f, whole: f.abs().mean() / whole.abs().mean()
+        ),
+        "F(C) is right, but you cut the share off at 1; a circuit can do more than the model.": (
+            partial(
+                ways.circuit_alone, share=lambda f, whole: (f.mean() / whole.mean()).clamp(max=1)
             )
         ),
     },
 )
 
 
-# Exercise 8: mean ablation of all but the circuit
+def _completeness_cases() -> dict[str, tuple]:
+    roles = {seed: torch.stack(_nodes(seed)[:3]).any(0) for seed in (71, 72)}
+    return {f"circuit {seed}": (*_circuit_inputs(seed), role) for seed, role in roles.items()}
 
 
-def _ablation_cases() -> dict[str, tuple]:
-    generator = _generator(9)
-    z, means = torch.randn(2, 3, 4, 3, 5, generator=generator).unbind(0)
-    return {"3 prompts": (z, means, torch.rand(3, 4, 3, generator=generator) < 0.4)}
+_completeness = ways.role_completeness
 
-
-mean_ablation = EXERCISES.add(
-    number=8,
-    title="mean ablation over ABC",
-    reference=lambda z, hook, means, keep: torch.where(keep[..., None], z, means),
-    cases=_ablation_cases,
-    run=run_hook,
+role_completeness = EXERCISES.add(
+    number=15,
+    name="role_completeness",
+    title="completeness of one role",
+    part="7",
+    reference=_completeness,
+    cases=_completeness_cases,
     mistakes={
-        "The activation comes out as it went in: assign to it, or return the edited copy.": (
-            lambda z, hook, means, keep: z
+        "The two have changed places: the circuit without the role comes first, the model without "
+        "it second.": lambda *args: _completeness(*args).flip(0),
+        "You knock the role out of the circuit only; your second row is the whole model, F(M).": (
+            lambda *args: torch.stack([_completeness(*args)[0], ways.run_under(*args[:3])])
         ),
-        "It is the other way round: where `keep` is True the output stays, elsewhere it "
-        "becomes its mean.": (lambda z, hook, means, keep: torch.where(keep[..., None], means, z)),
-        "That is a zero ablation; put the means in place of what is not kept.": (
-            lambda z, hook, means, keep: z * keep[..., None]
+        "You knock the role out of the model only; your first row is the whole circuit, F(C).": (
+            lambda *args: torch.stack([ways.run_kept(*args[:5]), _completeness(*args)[1]])
         ),
-        "You replaced every head everywhere; what `keep` marks stays.": (
-            lambda z, hook, means, keep: means
+        "You return how much is lost; return the logit difference that is left.": (
+            lambda *args: (
+                torch.stack([ways.run_kept(*args[:5]), ways.run_under(*args[:3])])
+                - _completeness(*args)
+            )
         ),
-        "You averaged `means` over the prompts: each prompt already has the mean of its own "
-        "template there.": (
-            lambda z, hook, means, keep: torch.where(keep[..., None], z, means.mean(0))
+        "Both your rows are of the circuit; in the second nothing but the role is ablated.": (
+            partial(_completeness, among=lambda keep: keep)
         ),
-        "You averaged over the prompts being run; the means over the ABC prompts are given.": (
-            lambda z, hook, means, keep: torch.where(keep[..., None], z, z.mean(0))
+        "You keep the role and ablate all else; it is the role that goes.": (
+            partial(_completeness, without=lambda keep, role: role)
         ),
-        "You kept what is kept in *any* prompt; `keep` has a row for each prompt, because the "
-        "positions differ.": (
-            lambda z, hook, means, keep: torch.where(keep.any(0)[..., None], z, means)
+        "That is a zero ablation; put the means in place of what is knocked out.": (
+            partial(_completeness, new=torch.zeros_like)
         ),
-        "You kept heads at all positions; they stay only at the positions that `keep` marks.": (
-            lambda z, hook, means, keep: torch.where(keep.any(1, keepdim=True)[..., None], z, means)
+        "You knock the role's heads out at all positions; only where `role` is True.": (
+            partial(_completeness, without=lambda keep, role: keep & ~role.any(2, keepdim=True))
+        ),
+        "You knock out what any prompt has; `role` has a row for each prompt, because the "
+        "positions differ.": partial(_completeness, without=lambda keep, role: keep & ~role.any(0)),
+    },
+)
+
+
+def _minimality_cases() -> dict[str, tuple]:
+    cases = {}
+    for seed, others in (
+        (75, 3),
+        (114, 2),
+        (86, 3),
+    ):  # either comparison wins, and the signs differ
+        node, *rest = _nodes(seed)
+        mask = torch.stack(rest[:others]).any(0)
+        cases[f"a role of {others + 1} heads, {seed}"] = (*_circuit_inputs(seed), node, mask)
+    return cases
+
+
+_minimality = ways.head_minimality
+
+head_minimality = EXERCISES.add(
+    number=16,
+    name="head_minimality",
+    title="minimality of one head",
+    part="7",
+    reference=_minimality,
+    cases=_minimality_cases,
+    mistakes={
+        "Your signs are turned round: what the head adds is the figure with it minus that without "
+        "it.": lambda *args: -_minimality(*args),
+        "You compare only with all others present; do it with the rest of the role gone too, and "
+        "take what is larger on average.": (
+            partial(_minimality, choose=lambda alone, after: alone)
+        ),
+        "You compare only with the rest of the role gone; do it with all others present too, and "
+        "take what is larger on average.": (
+            partial(_minimality, choose=lambda alone, after: after)
+        ),
+        "You take the larger one prompt by prompt; one of the two comparisons is chosen for all "
+        "prompts, by its mean.": partial(
+            _minimality, choose=lambda a, b: torch.where(a.abs() >= b.abs(), a, b)
+        ),
+        "You take the higher of the two means; the larger in size counts, and a head may work "
+        "against the answer.": (
+            partial(_minimality, choose=lambda a, b: a if a.mean() >= b.mean() else b)
+        ),
+        "You take the whole role out at once; compare what differs in this one head.": (
+            lambda *args: _minimality(*args[:5], args[5] | args[6], args[6] & False)
+        ),
+        "You take the smaller of the two changes; the larger in size counts.": (
+            partial(_minimality, choose=lambda a, b: b if ways.larger_on_average(a, b) is a else a)
+        ),
+        "You average the two comparisons; take the one that is larger on average.": (
+            partial(_minimality, choose=lambda a, b: (a + b) / 2)
+        ),
+        "You knock out of the whole model; here everything but the circuit, `keep`, is ablated "
+        "all along.": partial(_minimality, among=torch.ones_like),
+        "You compare with the whole model, F(M); compare the circuit with and without the head.": (
+            partial(_minimality, whole=True)
         ),
     },
 )
 
 
-# Exercise 9: faithfulness
+# Exercise 17: a head that nobody named
+
+_STAGE: dict[str, object] = {}
 
 
-def _faithfulness_cases() -> dict[str, tuple]:
-    circuit = torch.tensor([1.0, 3.5, 2.0, 4.0])
-    model = torch.tensor([2.0, 4.0, 1.5, 5.0])
-    return {"4 prompts": (circuit, model), "4 others": (circuit.flip(0), 1 + model)}
+def set_stage(model: TransformerBridge, named: Iterable[tuple[int, int]]) -> None:
+    """Which model the last exercise is about, and which of its heads have a role already."""
+    _STAGE.update(model=model, named={Head(*head) for head in named})
 
 
-faithfulness = EXERCISES.add(
-    number=9,
-    title="faithfulness",
-    reference=lambda f_circuit, f_model: circuit.faithfulness(f_circuit, f_model).ratio.mean,
-    cases=_faithfulness_cases,
-    mistakes={
-        "That is the mean of the ratios, in which a prompt with a small difference counts "
-        "most; take the ratio of the means.": (lambda circuit, model: (circuit / model).mean()),
-        "It is upside down: what the circuit gives, over what the model gives.": (
-            lambda circuit, model: model.mean() / circuit.mean()
-        ),
-        "That is the paper's distance |F(M) - F(C)|, in logits; here we want the share, "
-        "F(C) over F(M).": (lambda circuit, model: model.mean() - circuit.mean()),
-        "That is the share that is lost; return the share that the circuit keeps.": (
-            lambda circuit, model: 1 - circuit.mean() / model.mean()
-        ),
-        "That is a difference, in logits; return the ratio F(C) over F(M).": (
-            lambda circuit, model: circuit.mean() - model.mean()
-        ),
-        "You return a ratio per prompt; take the mean of each over the prompts, then their "
-        "ratio.": (lambda circuit, model: circuit / model),
-    },
+def _judge_head(answer: Callable[[], tuple[int, int]]) -> str | None:
+    """Whether knocking the head out passes the notebook's rule, on prompts not used before."""
+    if not _STAGE:
+        return "Run the cell above first: it says which heads have a role already."
+    model, head = _STAGE["model"], answer()
+    if not isinstance(head, tuple) or len(head) != 2:
+        return f"Return a head, such as `Head(3, 5)`; you return {a_kind(head)}."
+    head = check_heads(model, [head])[0]
+    if head in _STAGE["named"]:
+        return f"{head} has a role already: find one that is not in the circuit."
+    prompts, others = (ioi_prompts(model, n_prompts=48, seed=seed) for seed in (101, 102))
+    means = circuit.means_run(prompts, circuit.abc_means(model, others))
+    f_model, f = circuit.logit_diffs(model, prompts, [[], heads_from(model, [head], means)])
+    change = metrics.estimate((f - f_model) / f_model.mean().abs())
+    if abs(change.mean) > max(0.01, 3 * change.stderr):
+        return None
+    return (
+        f"Without {head} the logit difference of new prompts changes by {change}, as a share of "
+        "it: by the rule, more than 0.01 and more than three standard errors are wanted."
+    )
+
+
+unnamed_head = EXERCISES.stretch(
+    number=17,
+    name="unnamed_head",
+    title="a head that nobody named",
+    part="8",
+    judge=_judge_head,
 )
