@@ -135,6 +135,10 @@ def test_single_numbers_are_judged_together(capsys):
     assert "2 times too large" in line(capsys, lambda a, b: 2 * a / b, **parts)
     assert "For a: Off by up to 1.5: it is -1" in line(capsys, lambda a, b: a - b, **parts)
     assert line(capsys, lambda a, b: torch.tensor(a / b), **parts) == f"right. {YOURS}"
+    rows = {name: (k * torch.arange(4.0),) for name, k in (("a", 1), ("b", 2), ("c", 3))}
+    parts = dict(reference=lambda x: 2 * x, cases=lambda: rows, mistakes={})
+    said = line(capsys, lambda x: x.mean(), **parts)
+    assert "For a: Your result has shape [], wanted is a tensor of shape [4]" in said
 
 
 # What a check gives back

@@ -29,7 +29,7 @@ Node = tuple[Head, str]
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
 ROLE_POSITIONS = {"previous_token": "S1+1", "duplicate_token": "S2", "induction": "S2"}
 ROLE_POSITIONS |= dict.fromkeys(("s_inhibition", "name_mover", "negative_name_mover"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "subject_suppressor"), "END")
+ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "giver_suppressor"), "END")
 ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
 
 

@@ -168,6 +168,7 @@ class Exercise:
             copy, watched = deepcopy(args, modules), Watched(models)
             try:
                 output = self.run(answer, *copy) if self.run else answer(*copy)
+                output = output.detach() if isinstance(output, Tensor) else output
             finally:
                 changed = watched.undo()
             if changed:
@@ -236,7 +237,9 @@ class Exercise:
     def _in_all_cases(got: Mapping[str, object], want: Mapping[str, Tensor]) -> str | None:
         """What was done to single numbers: seen together, or it may be chance."""
         values = [torch.as_tensor(got[key]) for key in want if isinstance(got.get(key), NUMBER)]
-        if len(values) < max(3, len(want)) or any(v.ndim or v.is_complex() for v in values):
+        if len(values) < max(3, len(want)):
+            return None
+        if any(v.ndim or v.is_complex() for v in (*values, *want.values())):
             return None
         wanted = torch.stack([value.double() for value in want.values()])
         return kind_of_slip(torch.stack([v.detach().cpu().double() for v in values]), wanted)
