@@ -243,7 +243,8 @@ def _drop_cases() -> dict[str, tuple]:
     for seed, window in ((8, 2), (5, 3), (1, 4)):
         steps, loss = (2 + _randint(40, 14, seed=seed)).cumsum(0), _randn(14, seed=seed).cumsum(0)
         cases[f"curve {seed}, window {window}"] = (steps, (4 + loss / 2).abs() + 0.2, window)
-    return cases
+    late = torch.tensor([4.0, 4.1, 4.0, 3.9, 4.0, 3.8, 2.0, 0.5])
+    return cases | {"a fall at the very end": (torch.arange(8) ** 2, late, 2)}
 
 
 sharpest_drop = EXERCISES.add(

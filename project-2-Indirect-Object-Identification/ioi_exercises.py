@@ -187,7 +187,7 @@ path_patch_to_logits = EXERCISES.add(
 def _query_cases() -> dict[str, tuple]:
     two_layers = [Head(3, 1), Head(2, 0), Head(3, 2)]
     receivers = {"one receiver": [Head(2, 1)], "three receivers": two_layers}
-    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.full((6,), 6)
+    senders, end = [Head(0, 2), Head(1, 1), Head(0, 1)], torch.tensor([5, 6, 6, 4, 6, 5])
     return {
         label: (*ways.random_pair(41), senders, heads, end) for label, heads in receivers.items()
     }
@@ -203,6 +203,12 @@ path_patch_to_queries = EXERCISES.add(
     reference=_to_queries,
     cases=_query_cases,
     mistakes={
+        "You change the queries at the last position; `positions` says where, prompt by prompt.": (
+            lambda *args: _to_queries(*args[:6], torch.full_like(args[6], 6))
+        ),
+        "You use the first prompt's position for all prompts; each has its own.": (
+            lambda *args: _to_queries(*args[:6], args[6][:1].expand(len(args[6])))
+        ),
         "In your first pass the other heads are not frozen, so the sender reaches the queries "
         "through them too.": partial(_to_queries, first=_unfrozen),
         "The sender is patched in your second pass too; only what arrives at the queries may be "

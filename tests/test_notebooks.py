@@ -7,6 +7,7 @@ import statistics
 import struct
 import subprocess
 import sys
+from copy import deepcopy
 from importlib import import_module
 
 import nbformat
@@ -82,11 +83,21 @@ train = utils.toy.train_toy
 utils.toy.train_toy = lambda *args, **kwargs: train(*args, **kwargs | {"n_steps": 60})"""
 
 
+def twice(notebook):
+    """A copy with every cell followed by itself, as a reader may run it."""
+    copy = deepcopy(notebook)
+    copy.cells = [each for cell in copy.cells for each in (cell, deepcopy(cell))]
+    for i, cell in enumerate(copy.cells):
+        cell.id = f"cell{i}"
+    return copy
+
+
 def run_on_random_weights(notebook, path, results, folder):
     """Run on a small random model, toys trained briefly; what the ledger says of each claim."""
-    notebook.cells.insert(2, nbformat.v4.new_code_cell(SHORT_TRAINING))
+    after = 1 + max(i for i, cell in enumerate(notebook.cells) if "\nset_up(" in cell.source)
+    notebook.cells.insert(after, nbformat.v4.new_code_cell(SHORT_TRAINING))
     execute(notebook, path.parent, run_env(folder, results), f"{path.stem}, {results.name}")
-    notebook.cells.pop(2)
+    notebook.cells.pop(after)
     (written,) = results.glob("*/*.json")
     return {claim["id"]: claim for claim in read_json(written)["claims"]}
 
@@ -95,13 +106,14 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
     path, notebook, tmp_path, capfd, random_gpt2_folder
 ):
     ways = {"as shipped": notebook, "solved": solve(notebook), "wrong": answer_wrong(notebook)}
+    ways["each cell twice"] = twice(notebook)
     ledgers = {}
     for name, answered in ways.items():
         with capfd.disabled():
             print()
             results = tmp_path / name
             ledgers[name] = run_on_random_weights(answered, path, results, random_gpt2_folder)
-        for place in find_exercises(notebook):
+        for place in find_exercises(notebook) if name != "each cell twice" else ():
             outputs = answered.cells[place.stub].outputs
             said = "".join(output.get("text", "") for output in outputs)
             right = name == "solved" and place.solution is not None

@@ -55,6 +55,8 @@ LINES = {
     "project-1-induction-heads/*_exercises.py": 750,
     "project-1-induction-heads/*_claims.py": 250,
     "project-2-Indirect-Object-Identification/*_exercises.py": 750,
+    "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 440,
+    "project-2-Indirect-Object-Identification/ioi_experiments.py": 360,
     "project-2-Indirect-Object-Identification/*_claims.py": 320,
     "tools/*.py": 1280,
     "tools/benchmark*.py": 700,

@@ -180,11 +180,10 @@ def _part(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
 
 def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:
     for name, n in zip(names, shape, strict=False):
-        for count, what in ((n, name), (n - 1, f"{name} less one")):
-            if count > 1 and abs(factor * count - 1) < 1e-3:
-                return f"Your values are {count} times too small: divided by the number of {what}?"
-            if count > 1 and abs(factor / count - 1) < 1e-3:
-                return f"Your values are {count} times too large: a sum for a mean over {what}?"
+        if n > 2 and abs(factor * n - 1) < 1e-3:
+            return f"Your values are {n} times too small: divided by the number of {name}?"
+        if n > 2 and abs(factor / n - 1) < 1e-3:
+            return f"Your values are {n} times too large: a sum for a mean over {name}?"
     kind = "too large" if abs(factor) > 1 else "too small"
     times = abs(factor) if abs(factor) > 1 else 1 / abs(factor)
     sign = ", and the signs are turned round" if factor < 0 else ""
