@@ -166,6 +166,8 @@ class Exercise:
             models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
             modules = {id(a): a for a in args if isinstance(a, nn.Module)}
             copy, watched = deepcopy(args, modules), Watched(models)
+            if self.run and self.run is not run_hook:
+                answer = _returning(answer)
             try:
                 output = self.run(answer, *copy) if self.run else answer(*copy)
                 output = output.detach() if isinstance(output, Tensor) else output
@@ -408,6 +410,18 @@ def describe_error(error: BaseException, answer: Callable) -> str:
         return f"Your function ran too long and was ended{where}."
     text = (str(error).strip().split("\n")[0][:200] or "without a message").rstrip(".")
     return f"Your function raised {type(error).__name__}{where}: {text}."
+
+
+def _returning(answer: Callable) -> Callable:
+    """The answer; _NotRight if it gives nothing, which a `run` of its own could not use."""
+
+    @wraps(answer)
+    def called(*args: object, **kwargs: object) -> object:
+        if (value := answer(*args, **kwargs)) is None:
+            raise _NotRight("You return None: did you forget `return`?")
+        return value
+
+    return called
 
 
 def _parts(label: str, output: object) -> dict[str, object]:
