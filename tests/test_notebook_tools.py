@@ -127,7 +127,7 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert recorded == {"1": ["toy.copying"], "2": ["toy.copying"]}
     ledger = read_json(project / "results" / "tiny.json")
     toy, lm = ledger["claims"]
-    assert (toy["measured"], toy["n"], toy["verdict"]) == (0.6, 3, "does not hold")
+    assert (toy["measured"], toy["n"], toy["verdict"]) == (0.6, 3, "undecided")
     assert (lm["measured"], lm["n"], lm["verdict"]) == (0.25, 8, "holds")
     assert toy["holds_in"] == "2/3"
     assert (project / "figures" / "effect.png").read_bytes() == b"a picture"
