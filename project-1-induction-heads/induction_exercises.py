@@ -32,6 +32,7 @@ SWAPPED = "Clean and corrupted are swapped: run the corrupted prompts, and put c
 UNEDITED = "The activation comes out as it went in: assign to a part of it, or return your copy."
 PILED_UP = "Your hooks pile up: those of one run must be gone before the next."
 tiny_model = cache(toy.tiny_model)  # what an answer changes in it is put back
+grouped_model = cache(partial(toy.tiny_model, n_layers=3, seed=2, grouped=True))
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +66,8 @@ def _norms(
 
 stream_norms = EXERCISES.add(
     number=1, name="stream_norms", part="primer", title="the length of the residual stream",
-    reference=_norms, cases=lambda: {"a small random model": (tiny_model(), _repeats(3, 5))},
+    reference=_norms, cases=lambda: {"a small random model": (tiny_model(), _repeats(3, 5)),
+                                     "one of three layers": (grouped_model(), _repeats(2, 4))},
     mistakes={
         "You take the norm of the mean vector; take the norm of each vector, then their mean.":
             partial(_norms, of=lambda x: x.mean((0, 1)).norm()),
@@ -179,6 +181,8 @@ score_every_head = EXERCISES.add(
     number=5, name="score_every_head", part="A1", title="score every head",
     reference=heads.score_heads, cases=lambda: {
         "one score": (tiny_model(), _repeats(2, 6), partial(heads.induction_score, seq_len=6)),
+        "a model of three layers": (
+            grouped_model(), _repeats(3, 6), partial(heads.induction_score, seq_len=6)),
         "three scores": (tiny_model(), _repeats(5, 4, 3), partial(_stripes, seq_len=4))},
     mistakes={
         "Every layer gets the scores of the last: write each to its own place, `hook.layer()`.":
@@ -446,13 +450,15 @@ def _judge(answer: Callable) -> str | None:
         return "Run the cell with `checks.use_toy` first."
     _, trained, _ = _after_change(lambda *_: None, rescue=False)
     broken_loss, broken, n_changed = _after_change(answer, rescue=False)
-    rescued_loss, rescued, _ = _after_change(answer, rescue=True)
+    rescued_loss, rescued, n_rescued = _after_change(answer, rescue=True)
     damaged = (broken != trained).any(-1)
     if damaged.sum() != 1 or n_changed != int((broken != trained).sum()):
         found = f"You change {int(damaged.sum())} heads and {n_changed} weights in all"
         return f"{found}; without rescue, change W_Q, W_K, W_V or W_O of one head, in place."
     if not broken_loss > DESTROYED:
         return f"Not destroyed: the loss on the second copy is {broken_loss:.2f} nats."
+    if n_rescued != int((rescued != trained).sum()):
+        return "With `rescue` too, change W_Q, W_K, W_V and W_O of heads alone."
     if not torch.equal(rescued[damaged], broken[damaged]):
         return "With `rescue` the damaged head must stay as damaged as without."
     if not rescued_loss < RESCUED:
@@ -518,7 +524,8 @@ copying_of_head = EXERCISES.add(
     number=14, name="copying_of_head", part="B2", title="the copying score of one head",
     reference=_copies, cases=lambda: {
         f"a head that {what}": (*_planted(), 1, head)
-        for head, what in enumerate(("copies", "does not copy", "suppresses"))},
+        for head, what in enumerate(("copies", "does not copy", "suppresses"))
+    } | {"values that two heads share": (grouped_model(), _repeats(3, 9, 1), 1, 2)},
     mistakes={
         "The start token is part of your sample; leave it out, as source and as token raised.":
             partial(_copies, start=0),
@@ -665,15 +672,17 @@ def _sweep(
     return torch.stack(values, dim=1).unflatten(1, (-1, n))
 
 
-def _pair(corruption: str, more: Sequence) -> tuple:
-    clean, corrupted, answers, _ = prompts.induction_prompts(tiny_model(), 3, 8)
-    return tiny_model(), clean, corrupted[corruption], metrics.LogitDiff(answers), more
+def _pair(corruption: str, more: Sequence, model: Model | None = None) -> tuple:
+    model = model or tiny_model()
+    clean, corrupted, answers, _ = prompts.induction_prompts(model, 3, 8)
+    return model, clean, corrupted[corruption], metrics.LogitDiff(answers), more
 
 
 patch_every_head = EXERCISES.add(
     number=18, name="patch_every_head", part="B5", title="the sweep over heads",
     reference=_sweep,
-    cases=lambda: {"keys differ": _pair("key", [1, 3]), "values differ": _pair("value", [0, 3])},
+    cases=lambda: {"keys differ": _pair("key", [3, 1]), "values differ": _pair("value", [0, 3]),
+                   "another model": _pair("value", [0, 2], grouped_model())},
     mistakes={
         SWAPPED: lambda model, clean, bad, *rest: _sweep(model, bad, clean, *rest),
         "You patch the whole layer; patch one head at a time.":
@@ -738,7 +747,8 @@ patch_inputs = EXERCISES.add(
     number=20, name="patch_inputs", part="B5", title="three inputs",
     reference=_inputs, cases=lambda: {
         "keys differ": _pair("key", [(1, 0), (2, 1)]),
-        "values differ": _pair("value", [(1, 2), (1, 1), (3, 0)])},
+        "values differ": _pair("value", [(1, 2), (1, 1), (3, 0)]),
+        "keys that two heads share": _pair("key", [(1, 1), (2, 2)], grouped_model())},
     mistakes={
         SWAPPED: lambda model, clean, bad, *rest: _inputs(model, bad, clean, *rest),
         "You patch all three inputs each time; patch one.": partial(_inputs, sites=["qkv"] * 3),

@@ -526,6 +526,12 @@ circuit_alone = EXERCISES.add(
                 layers=lambda keep: keep.any(0).any(-1).any(-1).nonzero()[:, 0].tolist(),
             )
         ),
+        "You return per cent; the share of a perfect circuit is 1.": (
+            lambda *args: (lambda f, share: (f, 100 * share))(*ways.circuit_alone(*args))
+        ),
+        "You take means and mask of another layer; layers are counted from 0.": (
+            _alone_where(lambda means, keep: (means.roll(1, 1), keep.roll(1, 1)))
+        ),
         "You average F(C) over the prompts; return one value for each, and the share.": (
             lambda *args: (lambda f, share: (f.mean(), share))(*ways.circuit_alone(*args))
         ),
@@ -606,11 +612,8 @@ role_completeness = EXERCISES.add(
 
 def _minimality_cases() -> dict[str, tuple]:
     cases = {}
-    for seed, others in (
-        (75, 3),
-        (114, 2),
-        (86, 3),
-    ):  # either comparison wins, and the signs differ
+    # either comparison wins, the signs differ, and the largest is not always so in sizes
+    for seed, others in ((75, 3), (114, 2), (86, 3), (60, 3), (89, 3)):
         node, *rest = _nodes(seed)
         mask = torch.stack(rest[:others]).any(0)
         cases[f"a role of {others + 1} heads, {seed}"] = (*_circuit_inputs(seed), node, mask)
@@ -647,6 +650,10 @@ head_minimality = EXERCISES.add(
         ),
         "You take the whole role out at once; compare what differs in this one head.": (
             lambda *args: _minimality(*args[:5], args[5] | args[6], args[6] & False)
+        ),
+        "You compare means of sizes, in which prompts cannot cancel; compare the sizes of the "
+        "means.": partial(
+            _minimality, choose=lambda a, b: a if a.abs().mean() >= b.abs().mean() else b
         ),
         "You take the smaller of the two changes; the larger in size counts.": (
             partial(_minimality, choose=lambda a, b: b if ways.larger_on_average(a, b) is a else a)

@@ -461,11 +461,12 @@ def copying_by_matrices(model, tokens, layer, head):
 
 def copying_by_loop(model, tokens, layer, head):
     cache, scores = model.run_with_cache(tokens)[1], []
+    v = cache["v", layer][:, :, head * cache["v", layer].shape[2] // model.cfg.n_heads]
     for i, row in enumerate(tokens):
         right = total = 0.0
         for src in range(1, len(row)):
             weight = cache["pattern", layer][i, head, :, src].sum().item()
-            logits = cache["v", layer][i, src, head] @ model.W_O[layer, head] @ model.W_U
+            logits = v[i, src] @ model.W_O[layer, head] @ model.W_U
             raised = (logits - logits.mean()).clamp(min=0)[row[1:]]
             right += weight * raised[src - 1].item()
             total += weight * raised.sum().item()
@@ -475,7 +476,8 @@ def copying_by_loop(model, tokens, layer, head):
 
 def copying_by_logits(model, tokens, layer, head):
     run = record(model, tokens, ["pattern", "v"]).activations
-    v = run[f"blocks.{layer}.attn.hook_v"][:, 1:, head].double()
+    v = run[f"blocks.{layer}.attn.hook_v"]
+    v = v[:, 1:, head * v.shape[2] // model.cfg.n_heads].double()
     logits = v @ model.W_O[layer, head].double() @ model.W_U.double()
     logits = logits - logits.mean(-1, keepdim=True)
     index = tokens[:, None, 1:].expand(-1, v.shape[1], -1)
@@ -498,6 +500,7 @@ def copying_by_hooks(model, tokens, layer, head):
     v = next(x for name, x in kept.items() if name != "pattern")
     raises = model.W_U.mT[tokens[:, 1:]] - model.W_U.mean(-1)
     w_o = model.W_O[layer, head]
+    v = v.repeat_interleave(model.cfg.n_heads // v.shape[2], dim=2)
     raised = torch.einsum("psd,dm,ptm->pst", v[:, 1:, head], w_o, raises).relu()
     attention = kept["pattern"][:, head, :, 1:].sum(1)
     own = torch.einsum("ps,pss->p", attention, raised)
@@ -714,8 +717,9 @@ def inputs_by_where(model, clean, corrupted, metric, group):
             by_layer.setdefault(layer, set()).add(head)
         fwd_hooks = []
         for layer, numbers in by_layer.items():
-            mask = torch.tensor([h in numbers for h in range(model.cfg.n_heads)])[:, None]
             kept = cache[site, layer]
+            sharing = torch.arange(model.cfg.n_heads).view(kept.shape[2], -1).tolist()
+            mask = torch.tensor([not numbers.isdisjoint(heads) for heads in sharing])[:, None]
             swap = lambda x, hook, mask=mask, kept=kept: torch.where(mask, kept, x)  # noqa: E731
             fwd_hooks.append((f"blocks.{layer}.attn.hook_{site}", swap))
         values.append(metric(model.run_with_hooks(corrupted, fwd_hooks=fwd_hooks)).tolist())
@@ -726,7 +730,8 @@ def inputs_in_another_order(model, clean, corrupted, metric, group):
     found = {}
     for site in ("v", "k", "q"):
         run = record(model, clean, [site])
-        edits = [e for head in reversed(group) for e in heads_from(model, [head], run, site)]
+        read = group if site == "q" else [heads.key_value_head(model, head) for head in group]
+        edits = [e for head in reversed(read) for e in heads_from(model, [head], run, site)]
         found[site] = metric(model.run_with_hooks(corrupted, fwd_hooks=hooks(edits)))
     return torch.stack([found["q"], found["k"], found["v"]])
 

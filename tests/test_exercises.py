@@ -70,7 +70,7 @@ def raised(kind, answer, at, text):
 CASE = "For a 2 x 3 matrix:"
 SAID = [  # answer, how what is said after "not right yet. " begins
     (lambda x: x.T.mean(dim=1), "You averaged over rows, not columns."),
-    (lambda x: None, f"{CASE} You return None: did you forget `return`?"),
+    (lambda x: None, "You return None: did you forget `return`?"),
     (lambda x: [1, 2], f"{CASE} You return a list; wanted is a tensor of shape [2] [row]."),
     (lambda x: [x, x], f"{CASE} You return a list; wanted is a tensor of shape [2] [row]."),
     (lambda x: x[:, :1] * 5, f"{CASE} Your result has shape [2, 1], wanted is a tensor of"),
@@ -78,7 +78,7 @@ SAID = [  # answer, how what is said after "not right yet. " begins
         lambda x: row_means(x) + x[:, 0] ** 2,
         f"{CASE} Off by up to 9: entry [1] is 13, wanted is 4.",
     ),
-    (in_place, "Your function changes its input in place; work on a copy (`x = x.clone()`)."),
+    (in_place, "Your function changes its input `x` in place; work on a copy (`x = x.clone()`)."),
     (
         raises,
         raised("IndexError", raises, 2, "index 7 is out of bounds for dimension 0 with size 2"),
@@ -120,7 +120,9 @@ def test_parts_of_a_result_are_told_apart(capsys):
     assert "rows: this part is missing" in line(capsys, lambda x: {"sum": x.sum()}, reference=both)
     assert "this part is missing; you return a Tensor" in line(capsys, row_means, reference=both)
     pair = dict(reference=lambda x: (x.sum(), row_means(x)))
-    assert "matrix, 1: Your signs" in line(capsys, lambda x: (x.sum(), -row_means(x)), **pair)
+    assert "matrix, result 2 of 2: Your signs" in line(
+        capsys, lambda x: (x.sum(), -row_means(x)), **pair
+    )
     assert line(capsys, lambda x: [x.sum(), row_means(x)], **pair) == f"right. {YOURS}"
 
 

@@ -65,7 +65,9 @@ class Copy:
         environment = {"PATH": str(self.tools), "STAND_IN_VERSION": "3.12", **variables}
         command = ["make", "-C", str(self.folder), *arguments]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        # as in a terminal: started in the background, this process may ignore Ctrl-C
+        heeds = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **heeds)
 
     def calls(self):
         """What Python was asked to run since the last question."""

@@ -166,19 +166,22 @@ class Exercise:
             models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
             modules = {id(a): a for a in args if isinstance(a, nn.Module)}
             copy, watched = deepcopy(args, modules), Watched(models)
-            if self.run and self.run is not run_hook:
-                answer = _returning(answer)
+            run = self.run or (lambda answer, *args: answer(*args))
             try:
-                output = self.run(answer, *copy) if self.run else answer(*copy)
+                output = run(answer if run is run_hook else _returning(answer), *copy)
                 output = output.detach() if isinstance(output, Tensor) else output
             finally:
                 changed = watched.undo()
             if changed:
                 raise _NotRight(changed)
-            if not _same(copy, args):
-                raise _NotRight(
-                    "Your function changes its input in place; work on a copy (`x = x.clone()`)."
-                )
+            for i, (one, other) in enumerate(zip(copy, args, strict=True)):
+                if not _same(one, other):
+                    names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
+                    name = names[i]
+                    raise _NotRight(
+                        f"Your function changes its input `{name}` in place; work on a copy "
+                        f"(`{name} = {name}.clone()`)."
+                    )
             whole = "_wanted" in vars(self) and label in self._wanted
             outputs |= {label: output} if whole else _parts(label, output)
         return outputs
@@ -413,7 +416,7 @@ def describe_error(error: BaseException, answer: Callable) -> str:
 
 
 def _returning(answer: Callable) -> Callable:
-    """The answer; _NotRight if it gives nothing, which a `run` of its own could not use."""
+    """The answer; _NotRight if it gives nothing, where only a hook may."""
 
     @wraps(answer)
     def called(*args: object, **kwargs: object) -> object:
@@ -429,7 +432,7 @@ def _parts(label: str, output: object) -> dict[str, object]:
     if isinstance(output, Mapping):
         named = output.items()
     elif isinstance(output, (tuple, list)) and any(isinstance(o, Tensor) for o in output):
-        named = enumerate(output)
+        named = ((f"result {i} of {len(output)}", value) for i, value in enumerate(output, 1))
     else:
         return {label: output}
     return {f"{label}, {name}": value for name, value in named}

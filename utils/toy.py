@@ -195,16 +195,18 @@ def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> lis
     return [values.mean(0) for values in (*half_losses(loss, LONGEST), icl, prefix, previous)]
 
 
-def tiny_model(n_layers: int = 4, seed: int = 0) -> TransformerBridge:
+def tiny_model(n_layers: int = 4, seed: int = 0, grouped: bool = False) -> TransformerBridge:
     """A random model with MLPs, to try code on in milliseconds: 4 layers of 3 heads, 60 tokens.
 
     Its weights are large and its norms have scales and biases, so that no path is negligible.
+    `grouped`: 4 heads a layer, of which two share each key/value head.
     """
     config = TransformerBridgeConfig(
         n_layers=n_layers,
         d_model=24,
-        n_heads=3,
-        d_head=8,
+        n_heads=4 if grouped else 3,
+        n_key_value_heads=2 if grouped else None,
+        d_head=6 if grouped else 8,
         d_mlp=48,
         d_vocab=60,
         n_ctx=64,
