@@ -55,14 +55,18 @@ FIGURES = {
     "ioi.probability": [(E(0.31),), (0, E(0.09))],
     "ioi.eight_prompts": [(E(1.21),), (0, E(0.9))],
     "ioi.dla_concentrated": [(0.51, LOW), (0, 0.5), (1, NONE)],
+    "ioi.same_heads": [(E(0.71),), (0, E(0.4))],
     "ioi.attention_projection": [(E(0.71), LOW), (0, E(0.4)), (1, NONE)],
     "ioi.name_mover_attention": [(E(0.51), E(0.21), LOW), (0, E(0.2)), (1, E(-0.2)), (2, NONE)],
     "ioi.copy_score": [(E(1.01), 0.39, LOW), (0, E(0.7)), (1, 0.6), (2, NONE)],
     "ioi.negative_copy_score": [(E(1.01), 0.39, LOW), (0, E(0.7)), (1, 0.6), (2, NONE)],
     "ioi.s_inhibition_queries": [(E(0.1), 0.5, 0.4, LOW, HIGH), (2, 0.5), (3, NONE), (4, NONE)],
+    "ioi.attention_shift": [(E(0.31), LOW, HIGH), (0, E(0.0)), (1, NONE), (2, NONE)],
     "ioi.s_inhibition_signal": [(E(0.21),), (0, E(-0.2))],
     "ioi.early_heads": [(E(0.3), LOW, LOW), (1, NONE), (2, NONE)],
     "ioi.random_token_roles": [(E(0.71),), (0, E(0.4))],
+    "ioi.early_position": [(E(0.71), E(0.04), LOW), (0, E(0.4)), (1, E(0.26)), (2, NONE)],
+    "ioi.mlps": [(E(0.71), E(0.04)), (0, E(0.4)), (1, E(0.26))],
     "ioi.backup": [(E(0.1), E(0.21), LOW, HIGH), (1, E(-0.2)), (2, NONE), (3, NONE)],
     "ioi.faithfulness": [
         (E(1.0), E(0.8, 0), E(1.2, 0)),
@@ -73,11 +77,16 @@ FIGURES = {
         (E(1.0), E(0.8, 0), E(1.2, 0)),
         *((1, E(0.79)), (1, E(1.21)), (2, E(0.79)), (2, E(1.21))),
     ],
+    "ioi.greedy_circuit": [
+        (E(1.0), E(0.9, 0), E(1.1, 0), E(0.09)),
+        *((1, E(0.89)), (1, E(1.11)), (2, E(0.89)), (2, E(1.11)), (3, E(0.31))),
+    ],
+    "ioi.worst_set": [(E(0.29),), (0, E(0.6))],
     "ioi.no_repetition": [(E(0.04),), (0, E(0.26))],
     "ioi.naive": [(E(0.8), E(0.79), E(4.0)), (1, E(1.1))],
     "ioi.random_circuit": [(E(0.09),), (0, E(0.4))],
     "ioi.completeness": [(0.29, 0.4), (0, 0.3), (1, 0.29)],
-    "ioi.minimality": [(0.01,), (0, 0.009)],
+    "ioi.minimality": [(E(0.01, 0),), (0, E(0.009))],
     "ioi.adversarial": [(E(1.0), E(0.21), E(0.21)), (1, E(-0.2)), (2, E(-0.2))],
     "ioi.published_heads": [(0.51, 0.51), (0, 0.5), (1, 0.5)],
 }
@@ -170,7 +179,8 @@ def test_what_builds_on_the_behaviour_needs_it_and_what_is_needed_comes_first():
     assert free == {"ioi.accuracy", "ioi.probability", "ioi.published_heads"}
     path = {i for i in CLAIMS if CLAIMS[i].needs == ("ioi.s_inhibition_queries",)}
     about = (
-        "s_inhibition_signal early_heads faithfulness distance naive random_circuit completeness"
+        "s_inhibition_signal early_heads faithfulness distance naive random_circuit completeness "
+        "attention_shift early_position worst_set"
     )
     assert path == {f"ioi.{name}" for name in [*about.split(), "minimality"]}
 

@@ -57,7 +57,7 @@ LINES = {
     "project-2-Indirect-Object-Identification/*_exercises.py": 765,
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 440,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 360,
-    "project-2-Indirect-Object-Identification/*_claims.py": 320,
+    "project-2-Indirect-Object-Identification/*_claims.py": 370,
     "tools/*.py": 1280,
     "tools/benchmark*.py": 700,
     "tests/*.py": 9000,
