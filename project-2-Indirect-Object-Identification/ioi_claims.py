@@ -128,9 +128,9 @@ CLAIMS: dict[str, Claim] = {
         "Negative name movers do the reverse: what they read at a name lowers that name",
         f"{WANG}, section 3.1",
         published="0.98; average head 0.12",
-        rule="Measured: copy score of the negative name movers with their output turned round, each "
-        "weighed by the size of its path effect. Holds when there are such heads and it is above "
-        "0.8 and twice the mean of all heads.",
+        rule="Measured: copy score of the negative name movers with their output turned round, "
+        "each weighed by the size of its path effect. Holds when there are such heads and it is "
+        "above 0.8 and twice the mean of all heads.",
         holds=lambda score, all_heads, negative: every(
             bool(negative), above(score, 0.8), above(score, 2 * all_heads)
         ),
@@ -184,8 +184,8 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 3.3",
         published="at least 88 % by position, less than 8 % by token",
         rule="Measured: what turning the position round in the early heads' output at S2 costs, as "
-        "a share of what it costs in the S-inhibition heads' output. Holds when it is above half, "
-        "the same for another name in the same place is below a quarter, and there are early heads.",
+        "a share of what it costs in the S-inhibition heads' output. Holds when there are early "
+        "heads, it is above half, and the same for another name in the same place below a quarter.",
         holds=lambda position, token, noticing: every(
             bool(noticing), above(position, 0.5), below(token, 0.25)
         ),

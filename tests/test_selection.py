@@ -1,4 +1,6 @@
-"""Node attribution adds up to what the heads do, and finds a planted circuit."""
+"""Node attribution adds up to what the heads do; it and the searches find a planted circuit."""
+
+from functools import partial
 
 import planted
 import pytest
@@ -6,9 +8,19 @@ import torch
 
 from utils import circuit as c
 from utils.edits import Run
+from utils.heads import Head
 from utils.ioi import ioi_prompts
 from utils.metrics import logit_diff
-from utils.selection import named_nodes, node_attribution
+from utils.selection import (
+    backward_search,
+    distance,
+    each_added,
+    each_removed,
+    forward_search,
+    named_nodes,
+    node_attribution,
+    worst_set,
+)
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -49,6 +61,58 @@ def test_named_nodes_are_those_of_each_prompts_own_places():
         at = prompts.positions[place]
         wanted = [attribution[i, head.layer, at[i], head.head] for i in range(6)]
         assert values.tolist() == [value.item() for value in wanted]
+
+
+NODES = [(Head(1, 1), "END"), (Head(2, 0), "S2"), (Head(0, 3), "S1+1"), (Head(2, 2), "END")]
+
+
+def test_a_node_more_or_less_is_that_circuit_run_alone(random_gpt2):
+    prompts = ioi_prompts(random_gpt2, 12, seed=1)
+    means, _ = setting(random_gpt2, prompts, ioi_prompts(random_gpt2, 40, seed=2))
+    kept, rest = set(NODES[:2]), NODES[2:]
+    alone = partial(c.run_circuit, random_gpt2, prompts, means)
+    added = each_added(random_gpt2, prompts, means, kept, rest)
+    wanted = torch.stack([alone(kept | {node}) for node in rest])
+    torch.testing.assert_close(added, wanted, atol=1e-5, rtol=0)
+    removed = each_removed(random_gpt2, prompts, means, kept, NODES[:2])
+    wanted = torch.stack([alone(kept - {node}) for node in NODES[:2]])
+    torch.testing.assert_close(removed, wanted, atol=1e-5, rtol=0)
+    assert not any(hook.fwd_hooks for hook in random_gpt2.hook_dict.values())
+
+
+def test_a_knock_out_of_the_model_leaves_all_else_as_it_is(random_gpt2):
+    prompts = ioi_prompts(random_gpt2, 12, seed=1)
+    means, _ = setting(random_gpt2, prompts, ioi_prompts(random_gpt2, 40, seed=2))
+    (found,) = each_removed(random_gpt2, prompts, means, None, NODES[:1], {NODES[3]})
+    gone = c.knock_out(random_gpt2, prompts, means, {NODES[0], NODES[3]})
+    torch.testing.assert_close(found, c.logit_diffs(random_gpt2, prompts, [gone])[0])
+
+
+def test_searches_find_the_planted_circuit_from_either_side():
+    model, prompts = planted.planted_model(), planted.planted_prompts(40)
+    means, _ = setting(model, prompts, planted.planted_prompts(400, seed=1))
+    planted_nodes = c.nodes(planted.PLANTED)
+    candidates = [*NODES[1:3], (Head(0, 0), "END"), *sorted(planted_nodes)]
+    start = {(planted.S_INHIBITION, "END")}  # without which the name mover copies both names
+    forward = forward_search(model, prompts, means, candidates, n_steps=2, start=start)
+    assert {step.node for step in forward} | start == planted_nodes
+    backward = backward_search(model, prompts, means, candidates, n_left=3)
+    assert {step.node for step in backward} == set(candidates) - planted_nodes
+    f_model = logit_diff(model(prompts.tokens)[:, -1:], prompts.answers)
+    alone = c.run_circuit(model, prompts, means, planted_nodes)
+    for step in (forward[-1], backward[-1]):
+        assert step.figure == pytest.approx(distance(alone, f_model).item(), abs=1e-4)
+
+
+def test_the_worst_set_begins_with_the_head_that_has_a_backup():
+    model, prompts = planted.planted_model(), planted.planted_prompts(40)
+    means, _ = setting(model, prompts, planted.planted_prompts(400, seed=1))
+    kept = c.nodes(planted.PLANTED) - {(planted.NEGATIVE, "END")}
+    steps = worst_set(model, prompts, means, kept, n_steps=5)
+    assert {step.node for step in steps} == kept  # no more than there are
+    f = [c.logit_diffs(model, prompts, [c.knock_out(model, prompts, means, {steps[0].node})])[0]]
+    f.insert(0, c.run_circuit(model, prompts, means, kept - {steps[0].node}))
+    assert steps[0].figure == pytest.approx((f[0].mean() - f[1].mean()).abs().item(), abs=1e-4)
 
 
 def test_no_steps_are_refused(random_gpt2, no_forward):

@@ -1,10 +1,16 @@
-"""Which nodes make up a circuit: how much each one adds on the way from none to the whole model.
+"""Which nodes make up a circuit: by what each adds on the way from none to all, or by search.
 
 With a dial m for every head at every position, z becomes m z + (1 - m) mean: all dials at 0 is the
 empty circuit, all at 1 the model. Turned up together from 0 to 1, each dial's slope, summed up on
 the way, is what its node adds (integrated gradients over a node mask: Sundararajan et al. 2017; for
 circuits, Hanna et al. 2024). The attributions add up to F(M) - F(empty).
+
+A search asks for less and costs more: add the node that brings the circuit nearest to the model, or
+remove the one that takes it least far away, and again (after Wang et al. 2022, appendix M).
 """
+
+from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.circuit import Node
-from utils.edits import Run, hook_name
+from utils.circuit import Node, knock_out, logit_diffs, outside
+from utils.edits import Run, hook_name, hooks
 from utils.heads import Head
 from utils.ioi import IOIPrompts
-from utils.metrics import logit_diff
+from utils.metrics import last_position_hooks, logit_diff
 from utils.prompts import check_count
 from utils.typed import checked
 
@@ -58,6 +64,122 @@ def named_nodes(
         for layer in range(n_layers)
         for head in range(n_heads)
     }
+
+
+@torch.no_grad()
+def each_added(
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    means: Run,
+    kept: Set[Node],
+    candidates: Sequence[Node],
+) -> Float[Tensor, "candidate prompt"]:
+    """F(C + v) for each candidate v: the circuit `kept` with one node more.
+
+    What v gives, were it not ablated, depends on what lies below it alone: one run of the circuit
+    has it for all candidates, each of which is then a patch.
+    """
+    base = outside(model, prompts, means, kept)
+    unablated: dict[str, Tensor] = {}
+
+    def keep(z: Tensor, hook) -> None:
+        unablated[hook.name] = z.clone()
+
+    names = [hook_name(layer, "z") for layer in range(model.cfg.n_layers)]
+    first = [(name, keep) for name in names]  # each called before the edit at the same place
+    model.run_with_hooks(prompts.tokens, fwd_hooks=[*first, *hooks(base), *last_position_hooks()])
+    live = Run(unablated)
+    restored = [knock_out(model, prompts, live, {node}) for node in candidates]
+    return logit_diffs(model, prompts, restored, base=base)
+
+
+def each_removed(
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    means: Run,
+    kept: Set[Node] | None,
+    candidates: Sequence[Node],
+    removed: Set[Node] = frozenset(),
+) -> Float[Tensor, "candidate prompt"]:
+    """F(C - K - v) for each candidate v, with K `removed`; of the whole model if `kept` is None."""
+    if kept is None:
+        base = knock_out(model, prompts, means, removed)
+    else:
+        base = outside(model, prompts, means, kept - removed)
+    without = [knock_out(model, prompts, means, {node}) for node in candidates]
+    return logit_diffs(model, prompts, without, base=base)
+
+
+class Step(NamedTuple):
+    """A node chosen, and the figure that it was chosen by, with the choice made."""
+
+    node: Node
+    figure: float
+
+
+def distance(
+    f_circuit: Float[Tensor, "*n prompt"], f_model: Float[Tensor, "prompt"]
+) -> Float[Tensor, "*n"]:
+    """Mean over the prompts of |F(C) - F(M)|, as a share of the mean F(M)."""
+    return (f_circuit - f_model).abs().mean(-1) / f_model.mean().abs()
+
+
+def forward_search(
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    means: Run,
+    candidates: Sequence[Node],
+    n_steps: int,
+    start: Set[Node] = frozenset(),
+) -> list[Step]:
+    """From `start` up: nodes in the order of adding, each the one that brings F(C) nearest to F(M).
+
+    Nodes that do nothing but together are not found in this way: start with some of them.
+    """
+    f_model = logit_diffs(model, prompts, [[]])[0]
+    kept, added = set(start), []
+    while len(added) < n_steps and (left := [node for node in candidates if node not in kept]):
+        far = distance(each_added(model, prompts, means, kept, left), f_model)
+        added.append(Step(left[int(far.argmin())], far.min().item()))
+        kept.add(added[-1].node)
+    return added
+
+
+def backward_search(
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    means: Run,
+    candidates: Sequence[Node],
+    n_left: int,
+) -> list[Step]:
+    """From all candidates down: nodes in the order of removing, each the one missed least."""
+    f_model = logit_diffs(model, prompts, [[]])[0]
+    kept, removed = set(candidates), []
+    while len(kept) > n_left:
+        left = [node for node in candidates if node in kept]
+        far = distance(each_removed(model, prompts, means, kept, left), f_model)
+        removed.append(Step(left[int(far.argmin())], far.min().item()))
+        kept.remove(removed[-1].node)
+    return removed
+
+
+def worst_set(
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node], n_steps: int
+) -> list[Step]:
+    """Nodes of the circuit whose knock-out tells circuit and model apart most, one after another.
+
+    Each adds most to |mean F(C - K) - mean F(M - K)|, in logits (section 4.1: the paper's greedy
+    search, which tries a random few at each step).
+    """
+    removed: list[Step] = []
+    while len(removed) < min(n_steps, len(kept)):
+        gone = {step.node for step in removed}
+        left = sorted(kept - gone)
+        in_circuit = each_removed(model, prompts, means, kept, left, gone)
+        in_model = each_removed(model, prompts, means, None, left, gone)
+        gap = (in_circuit.mean(1) - in_model.mean(1)).abs()
+        removed.append(Step(left[int(gap.argmax())], gap.max().item()))
+    return removed
 
 
 def _slopes(
