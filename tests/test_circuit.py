@@ -190,6 +190,15 @@ def test_completeness_knocks_the_same_nodes_out_of_both(gpt2_case):
         torch.testing.assert_close(in_model, reference.knockout(group), **CLOSE)
 
 
+def test_minimality_is_compared_on_the_prompts_that_are_given(gpt2_case):
+    model, prompts, means, _ = gpt2_case
+    each = torch.eye(len(prompts.tokens), dtype=torch.bool)
+    by_one = [c.minimality(model, prompts, means, CIRCUIT, choose=one) for one in each]
+    for node in by_one[0]:
+        found = torch.stack([changes[node] for changes in by_one])  # [chosen on, prompt]
+        assert torch.equal(found.diag().abs(), found.abs().amax(0))
+
+
 def test_minimality_takes_the_larger_of_the_two_changes(gpt2_case):
     model, prompts, means, reference = gpt2_case
     kept = c.nodes(CIRCUIT)

@@ -8,6 +8,7 @@ import torch
 from torch import ones, rand
 
 from utils import metrics
+from utils.edits import heads_from, hooks, sweep
 from utils.prompts import repeated_tokens
 
 
@@ -35,6 +36,33 @@ def test_last_position_hooks_leave_the_last_logits_alone(model_pair):
     last = model.run_with_hooks(tokens, fwd_hooks=metrics.last_position_hooks())
     assert last.shape[1] == 1
     torch.testing.assert_close(last[:, 0], model(tokens)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+@torch.no_grad()
+def test_with_the_final_scale_held_only_the_edits_own_path_counts(
+    small_model, replayed, monkeypatch
+):
+    if not replayed:
+        monkeypatch.setattr("utils.engine.packs.can_replay", lambda *_: False)
+    model = small_model
+    tokens = torch.arange(33).reshape(3, 11) % model.cfg.d_vocab
+    answers = tokens[:, [1, 2]]
+    heads = [(0, 1), (1, 0)]
+    metric = metrics.LogitDiff(answers, hooks=metrics.hold_final_scale(model, tokens))
+    edits = [heads_from(model, [head], 0.0) for head in heads]
+    held = sweep(model, tokens, metric, edits)
+
+    _, before = model.run_with_cache(tokens, names_filter=["ln_final.hook_scale"])
+    frozen = ("ln_final.hook_scale", lambda scale, hook: before["ln_final.hook_scale"])
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    for row, edit in zip(held, edits, strict=True):
+        logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks(edit), frozen])
+        torch.testing.assert_close(row, metrics.logit_diff(logits, answers), **close)
+        free = metrics.logit_diff(model.run_with_hooks(tokens, fwd_hooks=hooks(edit)), answers)
+        assert (free - row).abs().max() > 1e-3
+    nothing = sweep(model, tokens, metric, [[]])[0]
+    torch.testing.assert_close(nothing, metrics.logit_diff(model(tokens), answers), **close)
 
 
 def test_half_losses_leave_out_the_token_nothing_announces():
@@ -183,3 +211,13 @@ def test_bad_input_is_named(metric, arguments, message):
 def test_per_token_loss_refuses_text_past_the_context(random_gpt2):
     with pytest.raises(ValueError, match="tokens of 257 tokens exceed the context of 256"):
         metrics.per_token_loss(random_gpt2, torch.ones(1, 257).long())
+
+
+def test_clusters_give_the_error_over_what_another_sample_would_have_others_of():
+    values, frame = torch.tensor([1.0, 3.0, 2.0, 6.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    found = metrics.estimate(values, clusters=frame)
+    assert found.mean == pytest.approx(2) and found.n == 6
+    assert found.stderr == pytest.approx(statistics.stdev([2, 4, 0]) / math.sqrt(3))
+    assert math.isnan(metrics.estimate(values, clusters=torch.zeros(6, dtype=torch.int64)).stderr)
+    with pytest.raises(ValueError, match="strata and clusters: give one of them"):
+        metrics.estimate(values, frame, frame)

@@ -249,13 +249,19 @@ def mean_gap(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
 
 
 def minimality(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, circuit: Circuit
+    model: TransformerBridge,
+    prompts: IOIPrompts,
+    means: Run,
+    circuit: Circuit,
+    choose: Bool[Tensor, "prompt"] | None = None,
 ) -> dict[Node, Float[Tensor, "prompt"]]:
     """Per node v of the circuit: F(C - K) - F(C - K - v), what v adds (section 4.2).
 
     The paper picks K for each head by hand. Here K is empty or the rest of v's role, whichever
-    shows the larger mean change: heads of a role stand in for each other.
+    shows the larger mean change on the prompts `choose` (default: all): heads of a role stand in
+    for each other.
     """
+    choose = torch.ones(len(prompts.tokens), dtype=torch.bool) if choose is None else choose
     role_of: dict[Node, frozenset[Node]] = {}
     for role, heads in circuit.items():
         group = frozenset(nodes({role: heads}))
@@ -271,5 +277,5 @@ def minimality(
     for v, role in role_of.items():
         alone = f[frozenset()] - f[frozenset({v})]
         after_the_rest = f[role - {v}] - f[role]
-        result[v] = max(alone, after_the_rest, key=lambda change: change.mean().abs())
+        result[v] = max(alone, after_the_rest, key=lambda change: change[choose].mean().abs())
     return result

@@ -1,6 +1,7 @@
 """Metrics: losses, in-context-learning score, answers' logits and ranks, means with errors."""
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -40,15 +41,27 @@ class HalfLosses(NamedTuple):
 
 
 @checked
-def estimate(values: Float[Tensor, "n"], strata: Int[Tensor, "n"] | None = None) -> Estimate:
+def estimate(
+    values: Float[Tensor, "n"],
+    strata: Int[Tensor, "n"] | None = None,
+    clusters: Int[Tensor, "n"] | None = None,
+) -> Estimate:
     """Mean and its standard error: sample standard deviation / sqrt(n); nan error for one value.
 
     With `strata`, such as frame and order, of which every sample has the same shares, only the
-    spread within them counts. Raises ValueError for no values, or a stratum with a single one.
+    spread within them counts. With `clusters`, such as frames of which another sample would have
+    others, that of the clusters' means does. Raises ValueError for no values, a stratum with a
+    single one, or both kinds of groups.
     """
     if len(values) == 0:
         raise ValueError("values is empty, want at least one")
+    if strata is not None and clusters is not None:
+        raise ValueError("strata and clusters: give one of them")
     values, n = values.float(), len(values)
+    if clusters is not None:
+        means = torch.stack([values[clusters == one].mean() for one in clusters.unique()])
+        error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+        return Estimate(values.mean().item(), error, n)
     if strata is None:
         strata = torch.zeros(n, dtype=torch.int64, device=values.device)
     groups = [values[strata == stratum] for stratum in strata.unique()]
@@ -83,6 +96,24 @@ def token_batches(
 def last_position_hooks() -> Hooks:
     """Unembed the last position alone: logits become [prompt 1 vocab] and cost a fifth less."""
     return [read_hook([-1])]
+
+
+def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Hooks:
+    """Hooks under which the last LayerNorm divides by what it divides by on these prompts now.
+
+    An intervention also changes the length of the final residual stream, and so what every other
+    component writes to the logits. With its scale held, only the intervention's own path counts.
+    """
+    name = "ln_final.hook_scale"
+    _, cache = model.run_with_cache(tokens, names_filter=[name])
+    scale = cache[name]  # [prompt pos 1]
+    warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")  # it is meant
+
+    def hold(live: Float[Tensor, "row pos 1"], hook) -> Float[Tensor, "row pos 1"]:
+        copies = len(live) // len(scale)  # of all prompts, at as many of the last positions
+        return scale[:, -live.shape[1] :].repeat(copies, 1, 1)
+
+    return [(name, hold)]
 
 
 @checked

@@ -57,6 +57,7 @@ def sweep_in_packs(
 
     def plain(pack: list[int]) -> Values:
         hooks = [read_hook(read), *copy_hooks(base, [interventions[pack[0]]], slice(0, n_prompts))]
+        hooks += getattr(metric, "hooks", ())
         return values_of(metric, model.run_with_hooks(tokens, fwd_hooks=hooks), last_alone)[None]
 
     def replayed(start: int, pack: list[int]) -> Values:

@@ -21,8 +21,11 @@ class Readout(ABC):
 
     An ordinary metric is any function from logits to one value per prompt. In a small model the
     logits are a large part of the work, so one that reads a few of them, or can do with a part of
-    the vocabulary at a time, also says how to get its value from the residual stream.
+    the vocabulary at a time, also says how to get its value from the residual stream. `hooks` are
+    in place between that stream and the logits.
     """
+
+    hooks: Hooks = ()
 
     @abstractmethod
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt *read"]:
@@ -41,15 +44,16 @@ class Readout(ABC):
 class LogitDiff(Readout):
     """`metrics.logit_diff` with these answers, [prompt 2], as a metric for sweeps.
 
-    It reads two columns of the unembedding, so a sweep computes no others.
+    It reads two columns of the unembedding, so a sweep computes no others. `hooks`: such as
+    `metrics.hold_final_scale`.
     """
 
-    def __init__(self, answers: Int[Tensor, "prompt 2"]):
+    def __init__(self, answers: Int[Tensor, "prompt 2"], hooks: Hooks = ()):
         if answers.ndim != 2 or answers.shape[1] != 2:
             raise ValueError(f"answers must have shape [prompt 2], got {list(answers.shape)}")
         if answers.numel() and answers.min() < 0:
             raise ValueError(f"answers must be token ids, got {int(answers.min())}")
-        self.answers = answers
+        self.answers, self.hooks = answers, hooks
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt"]:
         right, wrong = logits[:, -1].gather(1, self.answers.to(logits.device)).unbind(1)
@@ -96,7 +100,8 @@ def read_out(
 ) -> Float[Tensor, "copy prompt *read"]:
     """The metric of each copy, from the residual stream above the last block."""
     if isinstance(metric, Readout):
-        normed = model.ln_final(resid.flatten(0, 1)).unflatten(0, resid.shape[:2])
+        with model.hooks(fwd_hooks=list(metric.hooks)):
+            normed = model.ln_final(resid.flatten(0, 1)).unflatten(0, resid.shape[:2])
         values = metric.of_normed(normed, model.W_U, model.b_U)
         check_values(values[0], resid.shape[1:3], last_alone)
         return values
