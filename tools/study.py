@@ -1,54 +1,60 @@
-"""Circuits found by search: what takes too long for the IOI notebook, which reads the results.
+"""What takes too long for the IOI notebook: circuits by search, and a step further back.
 
-    python -m tools.study            make study: search, judge, write results/study/<model>.json
+    python -m tools.study [PART ...]      PART: search, worst, back; none means all of them
 
-Nodes are chosen on one set of prompts, means come from a second, and every circuit is judged on a
-third. The circuit by roles is that of the committed ledger, made by the notebook itself.
+Rewrites these parts of results/study/<model>.json, which the notebook reads. Nodes are chosen on
+one set of prompts, means come from a second, and circuits are judged on a third. The circuit by
+roles is that of the committed ledger, which the notebook made.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
-from utils import circuit, ioi, selection
+from utils import circuit, ioi, paths, selection
 from utils.circuit import Circuit, Node
 from utils.edits import Run
 from utils.heads import Head
-from utils.metrics import Estimate, estimate
+from utils.metrics import Estimate, LogitDiff, estimate
 from utils.models import load_model, model_label, weights_digest
 from utils.results import ROOT, plain, read_json, write_json
 
 PROJECT = ROOT / "project-2-Indirect-Object-Identification"
-CHOOSE, MEANS, JUDGE = (
-    {"n_prompts": 64, "seed": 4},
-    {"n_prompts": 128, "seed": 3},
-    {"n_prompts": 64, "seed": 0},
-)
+SETS = {
+    "chosen_on": {"n_prompts": 64, "seed": 4},
+    "means": {"n_prompts": 128, "seed": 3},
+    "judged_on": {"n_prompts": 64, "seed": 0},
+    "paths_on": {"n_prompts": 32, "seed": 2},
+}
 N_CANDIDATES, N_NODES, N_WORST = 40, 30, 8
 SIZES = (5, 10, 15, 20, 25, 30, 40)
+# What each early role reads, and where: site and place. (Its keys' senders are in the notebook.)
+READS = {
+    "induction": (("q", "S2"), ("v", "S1+1")),
+    "duplicate_token": (("q", "S2"), ("k", "S1"), ("v", "S1")),
+    "previous_token": (("q", "S1+1"), ("k", "S1"), ("v", "S1")),
+}
+Figures = list[float | None]  # mean and standard error
 
 
-def study() -> None:
-    """Search, judge and write. Raises FileNotFoundError where the model has no ledger yet."""
-    torch.set_grad_enabled(False)
-    model, began = load_model(), time.monotonic()
-    label = model_label(model)
-    ledger = read_json(PROJECT / "results" / f"{label}.json")
-    found = {role: [named_head(h) for h in heads] for role, heads in ledger["heads"].items()}
-
-    prompts, others, judge = (ioi.ioi_prompts(model, **each) for each in (CHOOSE, MEANS, JUDGE))
+def search(model: TransformerBridge, found: Circuit) -> dict:
+    """Lists of nodes, each in an order of its own, and how faithful the first of each are."""
+    prompts, others, judge = sets(model, "chosen_on", "means", "judged_on")
     by_template = circuit.abc_means(model, others)
     means = circuit.means_run(prompts, by_template)
-    say("attribution", began)
-    by_size = rank(model, prompts, means)
-    candidates = by_size[:N_CANDIDATES]
-    say("forward search", began)
+    candidates = rank(model, prompts, means)[:N_CANDIDATES]
+    say("ranked by attribution")
     forward = selection.forward_search(model, prompts, means, candidates, N_NODES)
-    say("backward search", began)
+    say("forward")
     backward = selection.backward_search(model, prompts, means, candidates, n_left=1)
+    say("backward")
     (last,) = set(candidates) - {step.node for step in backward}
     orders = {
         "roles": in_turn(found),
@@ -56,27 +62,62 @@ def study() -> None:
         "forward": [step.node for step in forward],
         "backward": [last, *(step.node for step in reversed(backward))],
     }
-    say("worst set", began)
-    worst = selection.worst_set(model, prompts, means, circuit.nodes(found), N_WORST)
-    say("judging", began)
     judged_by = circuit.means_run(judge, by_template)
-    curves = {name: curve(model, judge, judged_by, order) for name, order in orders.items()}
-    packages = {name: version(name) for name in ("torch", "transformer_lens")}
-    head = {"model": label, "weights": weights_digest(model), "versions": packages}
-    sets = {"chosen_on": CHOOSE, "means": MEANS, "judged_on": JUDGE}
-    results = {
+    return {
         "orders": {name: list(map(str_node, order)) for name, order in orders.items()},
-        "worst_set": [[str_node(step.node), plain(step.figure)] for step in worst],
-        "curves": curves,
-        "seconds": round(time.monotonic() - began),
+        # by the number of nodes, as the search saw it
+        "distance_when_chosen": {
+            "forward": [plain(step.figure) for step in forward],
+            "backward": [plain(step.figure) for step in reversed(backward)],
+        },
+        "curves": {name: curve(model, judge, judged_by, each) for name, each in orders.items()},
     }
-    write_json(PROJECT / "results" / "study" / f"{label}.json", head | sets | results)
 
 
-def rank(model, prompts: ioi.IOIPrompts, means: Run) -> list[Node]:
+def worst(model: TransformerBridge, found: Circuit) -> dict:
+    """The nodes without which circuit and model differ most, one after another."""
+    prompts, others = sets(model, "chosen_on", "means")
+    means = circuit.means_run(prompts, circuit.abc_means(model, others))
+    steps = selection.worst_set(model, prompts, means, circuit.nodes(found), N_WORST)
+    return {"worst_set": [[str_node(step.node), plain(step.figure)] for step in steps]}
+
+
+def back(model: TransformerBridge, found: Circuit) -> dict:
+    """By role and what it reads: the heads on whose path the logit difference depends."""
+    (prompts,) = sets(model, "paths_on")
+    metric = LogitDiff(prompts.answers)
+    before = circuit.logit_diffs(model, prompts, [[]])[0]
+    passing: dict[str, dict[str, Figures]] = {}
+    for role, reads in READS.items():
+        for site, place in reads if role in found else ():
+            at = {"site": site, "positions": prompts.positions[place]}
+            new = prompts.corrupted["abc"]
+            after = paths.path_patch(model, prompts.tokens, new, metric, found[role], **at)
+            effects = (after - before[:, None, None]) / before.mean().abs()
+            passing[f"{role}: {site} at {place}"] = chosen(effects, prompts)
+            say(f"{role}, {site} at {place}")
+    return {"back": passing}
+
+
+def sets(model: TransformerBridge, *names: str) -> list[ioi.IOIPrompts]:
+    return [ioi.ioi_prompts(model, **SETS[name]) for name in names]
+
+
+def chosen(
+    effects: Float[Tensor, "prompt layer head"], prompts: ioi.IOIPrompts
+) -> dict[str, Figures]:
+    """Mean effect of the heads that pass the notebook's rule in either order of the names."""
+    heads = [
+        head
+        for sign in (-1, 1)
+        for head in circuit.select_in_groups(effects, prompts.is_abba, 0.01, sign)
+    ]
+    return {str(head): figures(estimate(effects[:, head.layer, head.head])) for head in heads}
+
+
+def rank(model: TransformerBridge, prompts: ioi.IOIPrompts, means: Run) -> list[Node]:
     """Nodes by size of attribution, in the order of the names in which it is larger."""
-    attributed = selection.node_attribution(model, prompts, means)
-    by_node = selection.named_nodes(attributed, prompts)
+    by_node = selection.named_nodes(selection.node_attribution(model, prompts, means), prompts)
     orders = prompts.is_abba.cpu(), ~prompts.is_abba.cpu()
     size = {n: max(v[which].mean().abs() for which in orders) for n, v in by_node.items()}
     return sorted(size, key=lambda node: -size[node])
@@ -90,15 +131,15 @@ def in_turn(found: Circuit) -> list[Node]:
 
 
 def curve(
-    model, judge: ioi.IOIPrompts, means: Run, order: Sequence[Node]
-) -> list[dict[str, int | list]]:
-    """How faithful the first nodes of a list are, for some numbers of them and for all."""
+    model: TransformerBridge, judge: ioi.IOIPrompts, means: Run, order: Sequence[Node]
+) -> list[dict[str, int | Figures]]:
+    """How faithful the first nodes of a list are, for some numbers of them, up to all."""
     f_model = circuit.logit_diffs(model, judge, [[]])[0]
     groups = {"all": judge.is_abba | True, "ABBA": judge.is_abba, "BABA": ~judge.is_abba}
     rows = []
-    for size in [s for s in SIZES if s < len(order)] + [len(order)] * (len(order) <= SIZES[-1]):
+    for size in [*(s for s in SIZES if s < len(order)), len(order)]:
         f = circuit.run_circuit(model, judge, means, set(order[:size]))
-        row: dict[str, int | list] = {"nodes": size}
+        row: dict[str, int | Figures] = {"nodes": size}
         for name, which in groups.items():
             row[name] = figures(circuit.faithfulness(f[which], f_model[which]).ratio)
         far = (f - f_model).abs() / f_model.mean().abs()
@@ -106,7 +147,7 @@ def curve(
     return rows
 
 
-def figures(values: Estimate) -> list[float | None]:
+def figures(values: Estimate) -> Figures:
     return [plain(values.mean), plain(values.stderr)]
 
 
@@ -114,17 +155,38 @@ def str_node(node: Node) -> str:
     return f"{node[0]} {node[1]}"
 
 
-def named_head(label: str) -> Head:
-    return Head(*map(int, label[1:].split("H")))
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
 
 
-def say(what: str, began: float) -> None:
-    print(f"{time.monotonic() - began:5.0f} s  {what}", flush=True)
+PARTS = {"search": search, "worst": worst, "back": back}
+
+
+def main(names: list[str]) -> None:
+    """Run these parts for the default model. FileNotFoundError where it has no ledger yet."""
+    torch.set_grad_enabled(False)
+    model = load_model()
+    label = model_label(model)
+    ledger = read_json(PROJECT / "results" / f"{label}.json")
+    found = {
+        role: [Head(*map(int, head[1:].split("H"))) for head in heads]
+        for role, heads in ledger["heads"].items()
+    }
+    path = PROJECT / "results" / "study" / f"{label}.json"
+    versions = {name: version(name) for name in ("torch", "transformer_lens")}
+    made_by = {"model": label, "weights": weights_digest(model), "versions": versions, "sets": SETS}
+    results = read_json(path) if path.exists() else {}
+    for name in names or PARTS:
+        results |= PARTS[name](model, found)
+        write_json(path, results | made_by)
+        say(f"{name}: written")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*PARTS, []], metavar="PART")
     try:
-        study()
+        main(parser.parse_args().names)
     except FileNotFoundError as error:
         print(f"{error}: run `make outputs` first", file=sys.stderr)
         sys.exit(1)

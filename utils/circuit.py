@@ -121,12 +121,12 @@ def random_circuits(
 @checked
 @torch.no_grad()
 def abc_means(
-    model: TransformerBridge, prompts: IOIPrompts
-) -> Float[Tensor, "template layer pos head d_head"]:
-    """Mean output z of every head over the ABC prompts of each template (section 2.1).
+    model: TransformerBridge, prompts: IOIPrompts, site: str = "z"
+) -> Float[Tensor, "template layer pos *rest"]:
+    """Mean over the ABC prompts of each template (section 2.1): of z, [.. head d_head], or a site.
 
     Take a larger draw than the prompts that are evaluated, with another seed. A template without
-    prompts is nan.
+    prompts is nan. Raises as `record`.
     """
     tokens = prompts.corrupted["abc"]
     template = prompts.template.to(tokens.device)
@@ -134,9 +134,9 @@ def abc_means(
     total: Tensor | float = 0.0
     batches = token_batches(model, tokens)
     for batch, which in zip(batches, template.split([len(b) for b in batches]), strict=True):
-        z = torch.stack(list(record(model, batch, ["z"]).activations.values()), dim=1)
-        total = total + z.new_zeros(len(n_prompts), *z.shape[1:]).index_add(0, which, z)
-    return total / n_prompts.view(-1, 1, 1, 1, 1)
+        x = torch.stack(list(record(model, batch, [site]).activations.values()), dim=1)
+        total = total + x.new_zeros(len(n_prompts), *x.shape[1:]).index_add(0, which, x)
+    return total / n_prompts.view(-1, *[1] * (total.ndim - 1))
 
 
 def node_mask(
@@ -157,7 +157,9 @@ def node_mask(
     return mask
 
 
-def means_run(prompts: IOIPrompts, means: Float[Tensor, "template layer pos head d_head"]) -> Run:
+def means_run(
+    prompts: IOIPrompts, means: Float[Tensor, "template layer pos *rest"], site: str = "z"
+) -> Run:
     """The `abc_means` of each prompt's own template, as a run to take activations from.
 
     Raises ValueError for means of another length, or that lack a prompt's template.
@@ -165,11 +167,11 @@ def means_run(prompts: IOIPrompts, means: Float[Tensor, "template layer pos head
     template, n_positions = prompts.template.to(means.device), prompts.tokens.shape[1]
     if means.shape[2] != n_positions:
         raise ValueError(f"means are for {means.shape[2]} positions, prompts have {n_positions}")
-    has = ~means[:, 0, 0, 0, 0].isnan()
+    has = ~means.flatten(1)[:, 0].isnan()
     lacking = [t for t in template.unique().tolist() if t >= len(has) or not has[t]]
     if lacking:
         raise ValueError(f"means lacks template {lacking}: take them over more prompts")
-    return Run({hook_name(la, "z"): means[template, la] for la in range(means.shape[1])})
+    return Run({hook_name(la, site): means[template, la] for la in range(means.shape[1])})
 
 
 def knock_out(
