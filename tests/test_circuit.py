@@ -348,3 +348,11 @@ def test_bad_input_to_a_run_is_refused(random_gpt2, run):
 def test_bad_input_to_the_figures_is_refused(random_gpt2, call, message):
     with pytest.raises(ValueError, match=message):
         call(random_gpt2)
+
+
+def test_nodes_are_read_from_their_labels():
+    for place in ("IO", "S1", "S1+1", "S2", "END"):
+        assert c.node_from_label(c.node_label((Head(5, 11), place))) == (Head(5, 11), place)
+    for wrong in ("L5H1", "5.1 END", "L5H1 end", "L5Hx S2", "LH S2", "L5H1H2 S2"):
+        with pytest.raises(ValueError, match="label: got"):
+            c.node_from_label(wrong)

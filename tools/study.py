@@ -34,7 +34,7 @@ SETS = {
     "paths_on": {"n_prompts": 32, "seed": 2},
 }
 N_CANDIDATES, N_NODES, N_WORST = 40, 30, 8
-SIZES = (5, 10, 15, 20, 25, 30, 40)
+SIZES = (5, 10, 15, 20, 25, 30)
 # What each early role reads, and where: site and place. (Its keys' senders are in the notebook.)
 READS = {
     "induction": (("q", "S2"), ("v", "S1+1")),
@@ -64,7 +64,7 @@ def search(model: TransformerBridge, found: Circuit) -> dict:
     }
     judged_by = circuit.means_run(judge, by_template)
     return {
-        "orders": {name: list(map(str_node, order)) for name, order in orders.items()},
+        "orders": {name: list(map(circuit.node_label, order)) for name, order in orders.items()},
         # by the number of nodes, as the search saw it
         "distance_when_chosen": {
             "forward": [plain(step.figure) for step in forward],
@@ -79,7 +79,7 @@ def worst(model: TransformerBridge, found: Circuit) -> dict:
     prompts, others = sets(model, "chosen_on", "means")
     means = circuit.means_run(prompts, circuit.abc_means(model, others))
     steps = selection.worst_set(model, prompts, means, circuit.nodes(found), N_WORST)
-    return {"worst_set": [[str_node(step.node), plain(step.figure)] for step in steps]}
+    return {"worst_set": [[circuit.node_label(step.node), plain(step.figure)] for step in steps]}
 
 
 def back(model: TransformerBridge, found: Circuit) -> dict:
@@ -137,7 +137,7 @@ def curve(
     f_model = circuit.logit_diffs(model, judge, [[]])[0]
     groups = {"all": judge.is_abba | True, "ABBA": judge.is_abba, "BABA": ~judge.is_abba}
     rows = []
-    for size in [*(s for s in SIZES if s < len(order)), len(order)]:
+    for size in (size for size in SIZES if size <= len(order)):
         f = circuit.run_circuit(model, judge, means, set(order[:size]))
         row: dict[str, int | Figures] = {"nodes": size}
         for name, which in groups.items():
@@ -149,10 +149,6 @@ def curve(
 
 def figures(values: Estimate) -> Figures:
     return [plain(values.mean), plain(values.stderr)]
-
-
-def str_node(node: Node) -> str:
-    return f"{node[0]} {node[1]}"
 
 
 def say(what: str) -> None:
@@ -168,10 +164,7 @@ def main(names: list[str]) -> None:
     model = load_model()
     label = model_label(model)
     ledger = read_json(PROJECT / "results" / f"{label}.json")
-    found = {
-        role: [Head(*map(int, head[1:].split("H"))) for head in heads]
-        for role, heads in ledger["heads"].items()
-    }
+    found = {role: list(map(Head.from_label, labels)) for role, labels in ledger["heads"].items()}
     path = PROJECT / "results" / "study" / f"{label}.json"
     versions = {name: version(name) for name in ("torch", "transformer_lens")}
     made_by = {"model": label, "weights": weights_digest(model), "versions": versions, "sets": SETS}

@@ -94,6 +94,19 @@ def nodes(circuit: Circuit) -> set[Node]:
     }
 
 
+def node_label(node: Node) -> str:
+    """A node as text, such as "L5H1 END"."""
+    return f"{node[0]} {node[1]}"
+
+
+def node_from_label(label: str) -> Node:
+    """The node that `node_label` writes so. ValueError for other text."""
+    head, _, place = label.partition(" ")
+    if place not in ROLE_POSITIONS.values() and place not in ("IO", "S1"):
+        raise ValueError(f"label: got {label!r}, want one such as 'L5H1 END'")
+    return Head.from_label(head), place
+
+
 def random_circuits(
     model: TransformerBridge, circuit: Circuit, n_draws: int, seed: int = 0
 ) -> list[Circuit]:

@@ -30,6 +30,14 @@ class Head(NamedTuple):
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
 
+    @classmethod
+    def from_label(cls, label: str) -> "Head":
+        """The head that prints as this. ValueError for other text."""
+        layer, _, head = label.removeprefix("L").partition("H")
+        if f"L{layer}H{head}" != label or not (layer.isdecimal() and head.isdecimal()):
+            raise ValueError(f"label: got {label!r}, want one such as 'L5H1'")
+        return cls(int(layer), int(head))
+
 
 def n_site_heads(model: TransformerBridge, site: str = "z") -> int:
     """Heads of a layer at a site: fewer for "k" and "v" where query heads share keys and values.
