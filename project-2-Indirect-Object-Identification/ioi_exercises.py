@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
+from operator import index
 
 import ioi_experiments as ways
 import torch
@@ -1065,7 +1066,7 @@ def _judge_head(answer: Callable[[], tuple[int, int]]) -> str | None:
     model, head = _STAGE["model"], answer()
     if not isinstance(head, tuple) or len(head) != 2:
         return f"Return a head, such as `Head(3, 5)`; you return {a_kind(head)}."
-    head = check_heads(model, [head])[0]
+    head = check_heads(model, [tuple(map(index, head))])[0]  # numpy's or torch's integers too
     if head in _STAGE["named"]:
         return f"{head} has a role already: find one that is not in the circuit."
     prompts, others = (ioi_prompts(model, n_prompts=48, seed=seed) for seed in (101, 102))
