@@ -1,7 +1,8 @@
 """The exercises of the IOI notebook: right answers, test cases, typical mistakes."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
+from operator import index
 
 import ioi_experiments as ways
 import torch
@@ -16,6 +17,7 @@ from ioi_exercises_patching import (
     patch_head,
     sweep_heads,
 )
+from ioi_slips import misplaced, misread, misrun, with_mlps_frozen, without_mlps
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -81,6 +83,50 @@ def _whole_layer(z: Tensor, hook: HookPoint, original: Tensor, new: Tensor, send
     return run[hook.layer()].clone()
 
 
+def _sent_where(fits: Callable[[int, int], bool]) -> Callable:
+    """Frozen, with the sender's head new in the layers that fit its own."""
+    return lambda z, hook, original, new, sender: (
+        _send(z, hook, new, Head(hook.layer(), sender.head), original[hook.layer()])
+        if fits(hook.layer(), sender.layer)
+        else original[hook.layer()].clone()
+    )
+
+
+def _frozen_where(fits: Callable[[int, int], bool]) -> Callable:
+    """The sender sent, with the heads frozen in the layers that fit its own."""
+    return lambda z, hook, original, new, sender: _send(
+        z, hook, new, sender, original[hook.layer()] if fits(hook.layer(), sender.layer) else z
+    )
+
+
+def _sent_as(change: Callable) -> Callable:
+    """Frozen, with something else than the new output sent."""
+    return lambda z, hook, original, new, sender: _send(
+        z, hook, change(new, original), sender, original[hook.layer()]
+    )
+
+
+MISSENT = {
+    "send it one layer too high": _sent_where(lambda layer, own: layer == own + 1),
+    "send that head number in the sender's and all later layers": _sent_where(int.__ge__),
+    "send that head number in the sender's and all earlier layers": _sent_where(int.__le__),
+    "freeze the later layers only": _frozen_where(int.__gt__),
+    "freeze the sender's and the later layers only": _frozen_where(int.__ge__),
+    "freeze the earlier layers only": _frozen_where(int.__lt__),
+    "send the head before": lambda z, hook, original, new, sender: _send(
+        z, hook, new, Head(sender.layer, sender.head - 1), original[hook.layer()]
+    ),
+    "send zeros": _sent_as(lambda new, original: 0 * new),
+    "send the sum of both runs": _sent_as(lambda new, original: new + original),
+    "send the difference of the runs": _sent_as(lambda new, original: new - original),
+    "send the mean of both runs": _sent_as(lambda new, original: (new + original) / 2),
+    "send the mean over the positions": _sent_as(
+        lambda new, original: new.mean(2, keepdim=True).expand_as(new)
+    ),
+    "send what another layer gives": _sent_as(lambda new, original: new.roll(1, 0)),
+    "freeze at zero": lambda z, hook, original, new, sender: _send(z, hook, new, sender, 0 * z),
+}
+
 path_patch_hook = EXERCISES.add(
     number=8,
     name="path_patch_hook",
@@ -124,6 +170,10 @@ path_patch_hook = EXERCISES.add(
                 ways.path_patch_hook(z, hook, original, new, sender)[:, -1],
             )
         ),
+        **{
+            f"You {what}; every layer is `original`, but for the sender, which is `new`.": hook
+            for what, hook in MISSENT.items()
+        },
         "`original` and `new` are swapped: all heads as in the original run, the sender as "
         "in the new one.": (
             lambda z, hook, original, new, sender: ways.path_patch_hook(
@@ -139,7 +189,20 @@ def _path_sweep_cases() -> dict[str, tuple]:
     return {f"{len(heads)} senders": (*ways.random_pair(i), heads) for i, heads in senders.items()}
 
 
-_to_logits = ways.path_patch_to_logits
+_to_logits, _every, _run = ways.path_patch_to_logits, ways.every, ways.run_under
+
+
+def _accumulated(
+    model: TransformerBridge, old: Tensor, new: Tensor, answers: Tensor, senders: list[Head]
+) -> Tensor:
+    """The sweep in which every sender is written into the same activations."""
+    original, source, found = ways.record_z(model, old), ways.record_z(model, new), []
+    for layer, head in senders:
+        original[layer, :, :, head] = source[layer, :, :, head]
+        hooks = _every(model, lambda z, hook: original[hook.layer()].clone())
+        found.append(_run(model, old, answers, hooks))
+    return torch.stack(found, dim=1)
+
 
 path_patch_to_logits = EXERCISES.add(
     number=9,
@@ -151,13 +214,45 @@ path_patch_to_logits = EXERCISES.add(
     mistakes={
         "That is activation patching: the other heads react to the sender. Put your hook into "
         "every layer, so that they stay frozen.": partial(_to_logits, hook=_unfrozen),
-        "All your runs give the original figure: the sender's output is not taken from the new "
-        "run.": partial(_to_logits, hook=_no_sender),
+        "All your runs give the original figure: take the sender's output from the new run, at "
+        "every position, and hook its own layer too.": partial(_to_logits, hook=_no_sender),
         "You patch that head number in every layer; the sender is one head of one layer.": (
             partial(_to_logits, hook=_in_every_layer)
         ),
         "You send the whole layer of the sender; one head at a time.": (
             partial(_to_logits, hook=_whole_layer)
+        ),
+        **misread(_to_logits),
+        **misplaced(_to_logits),
+        **{
+            f"You {what}; every layer is the original one's, but for the sender, which is new.": (
+                partial(_to_logits, hook=MISSENT[what])
+            )
+            for what in MISSENT
+            if "freeze the" not in what
+        },
+        "You freeze the MLPs too; only heads are frozen, so the path may go through MLPs.": (
+            ways.otherwise("run_under", with_mlps_frozen, _to_logits)
+        ),
+        "The last layer is not frozen: hook every layer, `range(n_layers)`.": ways.otherwise(
+            "every",
+            lambda model, hook: _every(model, hook, range(model.cfg.n_layers - 1)),
+            _to_logits,
+        ),
+        "You take the head of the layer below each sender; layers count from 0.": lambda *args: (
+            _to_logits(*args[:4], [Head((layer - 1) % 4, head) for layer, head in args[4]])
+        ),
+        "You take the head of the layer above each sender; layers count from 0.": lambda *args: (
+            _to_logits(*args[:4], [Head((layer + 1) % 4, head) for layer, head in args[4]])
+        ),
+        "Earlier senders stay in: put each into a fresh copy of the original output.": (
+            lambda *args: _accumulated(*args)
+        ),
+        "You subtract from the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, senders: (
+                ways.run_under(model, old, answers)[:, None]
+                - _to_logits(model, old, new, answers, senders)
+            )
         ),
         "You run the new prompts; the run is the original one, and the sender's output alone is "
         "new.": lambda model, old, new, *rest: _to_logits(model, old, new, *rest, base=new),
@@ -214,7 +309,7 @@ path_patch_to_queries = EXERCISES.add(
         "The sender is patched in your second pass too; only what arrives at the queries may be "
         "new there.": partial(_to_queries, second=_unfrozen),
         "All your runs give the original figure: take the sender from the new run in the first "
-        "pass, and let the heads run freely, not frozen, in the second.": (
+        "pass, record `hook_q`, and let the heads run freely, not frozen, in the second.": (
             partial(_to_queries, first=_no_sender)
         ),
         "Your queries come straight from the new run; record them in the first pass, with all "
@@ -229,6 +324,51 @@ path_patch_to_queries = EXERCISES.add(
         ),
         "You record and put in the values; the receivers' queries are `hook_q`.": (
             partial(_to_queries, site="v")
+        ),
+        **misread(_to_queries),
+        "You put every receiver's head number in at every receiver's layer; compare "
+        "`hook.layer()` with `receiver.layer`.": partial(_to_queries, any_layer=True),
+        "Your receivers are one layer too low: layers count from 0.": lambda *args: _to_queries(
+            *args[:5], [Head(layer - 1, head) for layer, head in args[5]], args[6]
+        ),
+        "Your receivers are one layer too high: layers count from 0.": lambda *args: _to_queries(
+            *args[:5], [Head(min(layer + 1, 3), head) for layer, head in args[5]], args[6]
+        ),
+        "Your receivers are the heads after those asked for: heads count from 0.": lambda *args: (
+            _to_queries(
+                *args[:5], [Head(layer, (head + 1) % 3) for layer, head in args[5]], args[6]
+            )
+        ),
+        **{
+            f"You change the queries one position too {what}; `positions` says where.": (
+                lambda *args, by=by: _to_queries(*args[:6], (args[6] + by).clamp(max=6))
+            )
+            for what, by in {"early": -1, "late": 1}.items()
+        },
+        "You send the sender's whole layer in the first pass; one head at a time.": (
+            partial(_to_queries, first=_whole_layer)
+        ),
+        "You send that head number in every layer in the first pass; the sender is in one.": (
+            partial(_to_queries, first=_in_every_layer)
+        ),
+        "You freeze the MLPs too in the second pass; nothing is frozen there.": (
+            ways.otherwise("run_under", with_mlps_frozen, _to_queries)
+        ),
+        "Your second pass runs the new prompts; both passes run the original ones.": (
+            lambda model, old, new, *rest: ways.otherwise(
+                "run_under", lambda m, tokens, *more: _run(m, new, *more), _to_queries
+            )(model, old, new, *rest)
+        ),
+        "You subtract the original figure; return the logit difference as it is.": (
+            lambda model, old, new, answers, *rest: (
+                _to_queries(model, old, new, answers, *rest) - _run(model, old, answers)[:, None]
+            )
+        ),
+        "Senders and receivers are swapped.": lambda *args: _to_queries(
+            *args[:4], args[5], args[4], args[6]
+        ),
+        "Only the last receiver gets its new queries; all of them do, in the same run.": (
+            lambda *args: _to_queries(*args[:5], args[5][-1:], args[6])
         ),
         "That is the path to the logits; the path wanted ends at the receivers' queries, and a "
         "second pass goes on from there.": lambda *args: _to_logits(*args[:5]),
@@ -281,9 +421,55 @@ def _hits(logits: Tensor, names: Tensor, k: int) -> Tensor:
     return (logits.topk(k).indices == names[:, None]).float()
 
 
+def _own(resid: Tensor, w_v: Tensor, w_o: Tensor, w_u: Tensor, names: Tensor) -> Tensor:
+    return _ov(resid, w_v, w_o, w_u).gather(1, names[:, None])
+
+
+def _ranks(*args: Tensor) -> Tensor:
+    return (_ov(*args[:4]) > _own(*args)).sum(-1)
+
+
 def _ov(resid: Tensor, w_v: Tensor, w_o: Tensor, w_u: Tensor) -> Tensor:
     return resid @ w_v @ w_o @ w_u
 
+
+OTHER_LOGITS = {
+    "absolute values": lambda r, v, o, u, *_: _ov(r, v, o, u).abs(),
+    "what the head gives together with the residual stream": lambda r, v, o, u, *_: (
+        (r + r @ v @ o) @ u
+    ),
+    "what the transposed matrices give": lambda r, v, o, u, *_: r @ o.T @ v.T @ u,
+    "what the values alone give": lambda r, v, o, u, *_: r @ v @ v.T @ u,
+    "what the head gives for `w_u`": lambda r, v, o, u, names, k: _ov(u[:, names].T, v, o, u),
+    "logits less their mean over the names": lambda r, v, o, u, *_: (
+        (x := _ov(r, v, o, u)) - x.mean(0)
+    ),
+}
+OTHER_SHARES = {
+    "the mean rank": lambda *args: _ranks(*args[:5]).float().mean(),
+    "the mean logit of the name": lambda *args: _own(*args[:5]).mean(),
+    "how many names have a positive logit": lambda *args: (_own(*args[:5]) > 0).float().mean(),
+    "how many of the k largest are names": lambda *args: (
+        torch.isin(_ov(*args[:4]).topk(args[5]).indices, args[4]).float().mean()
+    ),
+    "how many names are among the k largest of any row": lambda *args: (
+        torch.isin(args[4], _ov(*args[:4]).topk(args[5]).indices).float().mean()
+    ),
+    "how many names are among the k largest of the first row": lambda *args: (
+        torch.isin(args[4], _ov(*args[:4])[0].topk(args[5]).indices).float().mean()
+    ),
+    "a share over the k ranks, `any` along the names": lambda *args: (
+        _hits(_ov(*args[:4]), *args[4:]).amax(0).mean()
+    ),
+    "what `argsort` has at the name, which is no rank": lambda *args: (
+        (_ov(*args[:4]).argsort(-1, descending=True).gather(1, args[4][:, None]) < args[5])
+        .float()
+        .mean()
+    ),
+    "the share among the `2 * k` largest": lambda *args: (
+        _hits(_ov(*args[:4]), args[4], 2 * args[5]).sum(-1).mean()
+    ),
+}
 
 copying_score = EXERCISES.add(
     number=11,
@@ -299,6 +485,21 @@ copying_score = EXERCISES.add(
         "You let one rank too many pass: of ranks counted from 0, those below `k` count.": (
             lambda *args: _hits(_ov(*args[:4]), args[4], args[5] + 1).sum(-1).mean()
         ),
+        "You let one rank too few pass: of ranks counted from 0, all below `k` count, and the k-th "
+        "largest logit does too.": (
+            lambda *args: _hits(_ov(*args[:4]), args[4], args[5] - 1).sum(-1).mean()
+        ),
+        **{
+            f"You rank {what}; rank the logits that the head gives, `resid @ w_v @ w_o @ w_u`.": (
+                lambda *args, logits=logits: _hits(logits(*args), *args[4:]).sum(-1).mean()
+            )
+            for what, logits in OTHER_LOGITS.items()
+        },
+        **{
+            f"You return {what}; return the share of names whose own logit is among the `k` "
+            "largest of their row.": share
+            for what, share in OTHER_SHARES.items()
+        },
         "You look among the k smallest logits; that is the score of a negative name mover.": (
             lambda *args: _hits(-_ov(*args[:4]), *args[4:]).sum(-1).mean()
         ),
@@ -358,6 +559,45 @@ def _weighted(values: Tensor, codes: Tensor, sizes: tuple[float, float]) -> Tens
     return codes.to(values).T @ values / torch.tensor(sizes)[:, None]
 
 
+def _when(values: Tensor, codes: Tensor, position: int, token: int) -> Tensor:
+    return values[(codes == torch.tensor([position, token])).all(1)][0]
+
+
+OTHER_FITS = {
+    "use the first three variants": lambda values, codes: fit_signal_answer(values[:3], codes[:3]),
+    "leave out the variants with another name": lambda values, codes: fit_signal_answer(
+        values[codes[:, 1] != 0], codes[codes[:, 1] != 0]
+    ),
+    "return means of the kept position and of the same name": lambda values, codes: torch.stack(
+        [values[codes[:, i] == 1].mean(0) for i in (0, 1)]
+    ),
+    "standardise the values": lambda values, codes: fit_signal_answer(
+        (values - values.mean(0)) / values.std(0), codes
+    ),
+    "shrink the coefficients (a ridge)": lambda values, codes: torch.linalg.solve(
+        codes.T.float() @ codes.float() + torch.eye(2), codes.T.float() @ values
+    ),
+    "return shares or correlations": lambda values, codes: (
+        torch.nn.functional.normalize(codes.float(), dim=0).T
+        @ torch.nn.functional.normalize(values, dim=0)
+    ),
+    "return a constant first": lambda values, codes: torch.stack(
+        [values.mean(0), fit_signal_answer(values, codes)[0]]
+    ),
+    "get the token from one position alone": lambda values, codes: torch.stack(
+        [
+            fit_signal_answer(values, codes)[0],
+            (_when(values, codes, 1, 1) - _when(values, codes, 1, -1)) / 2,
+        ]
+    ),
+    "get the position from one name alone": lambda values, codes: torch.stack(
+        [
+            (_when(values, codes, 1, 1) - _when(values, codes, -1, 1)) / 2,
+            fit_signal_answer(values, codes)[1],
+        ]
+    ),
+}
+
 fit_signal = EXERCISES.add(
     number=12,
     name="fit_signal",
@@ -386,6 +626,12 @@ fit_signal = EXERCISES.add(
                 values[codes[:, 1] == 1], codes[codes[:, 1] == 1]
             )
         ),
+        **{
+            f"You {what}; fit all six variants at once, with no constant, each by its own codes.": (
+                lambda values, codes, fit=fit: fit(values, codes)
+            )
+            for what, fit in OTHER_FITS.items()
+        },
         "You fit the mean over the prompts; fit each prompt by itself.": (
             lambda values, codes: fit_signal_answer(values.mean(1, keepdim=True), codes)
         ),
@@ -449,6 +695,39 @@ template_means = EXERCISES.add(
         "You take one ABC prompt for each template; average over all that have it.": (
             lambda z, template, wanted: torch.stack([z[template == t][0] for t in wanted])
         ),
+        "You take the templates of the first ABC prompts; the templates asked for are in "
+        "`wanted`.": lambda z, template, wanted: template_means_answer(
+            z, template, template[: len(wanted)]
+        ),
+        "You use `wanted` to pick templates; it holds the templates themselves.": (
+            lambda z, template, wanted: template_means_answer(z, template, template[wanted])
+        ),
+        "You put the means in the order of the sorted templates; each prompt has its own.": (
+            lambda z, template, wanted: template_means_answer(z, template, wanted.sort().values)
+        ),
+        "You average the templates' means; each prompt gets the mean of its own template.": (
+            lambda z, template, wanted: (
+                template_means_answer(z, template, template.unique()).mean(0)[None]
+                + 0 * z[: len(wanted)]
+            )
+        ),
+        **{
+            f"You take the {what}; take the mean of all ABC prompts with that template.": (
+                lambda z, template, wanted, of=of: torch.stack(
+                    [of(z[template == t]) for t in wanted]
+                )
+            )
+            for what, of in {
+                "median": lambda x: x.median(0).values,
+                "last ABC prompt": lambda x: x[-1],
+                "standard deviation": lambda x: x.std(0),
+                "largest values": lambda x: x.amax(0),
+                "mean without the first": lambda x: x[1:].mean(0),
+                "mean of the last and the mean so far": lambda x: reduce(
+                    lambda a, b: (a + b) / 2, x
+                ),
+            }.items()
+        },
         "You take the prompts that have *another* template.": (
             lambda z, template, wanted: torch.stack([z[template != t].mean(0) for t in wanted])
         ),
@@ -490,6 +769,19 @@ def _alone_where(change: Callable) -> Callable:
     )
 
 
+OTHER_RATIOS = {
+    "a ratio of medians": lambda f, whole: f.median() / whole.median(),
+    "a correlation": lambda f, whole: torch.corrcoef(torch.stack([f, whole]))[0, 1],
+    "a slope": lambda f, whole: (f * whole).sum() / whole.square().sum(),
+    "the mean of F(C)": lambda f, whole: f.mean(),
+    "cut to a whole number": lambda f, whole: int(f.mean() / whole.mean()),
+    "over the standard deviation": lambda f, whole: f.mean() / whole.std(),
+    "a distance": lambda f, whole: (f - whole).abs().mean(),
+    "a distance over F(M)": lambda f, whole: (f.mean() - whole.mean()).abs() / whole.mean(),
+    "over the first prompt's F(M)": lambda f, whole: f.mean() / whole[0],
+    "how many prompts are right": lambda f, whole: (f > 0).float().mean(),
+}
+
 circuit_alone = EXERCISES.add(
     number=14,
     name="circuit_alone",
@@ -498,39 +790,38 @@ circuit_alone = EXERCISES.add(
     reference=ways.circuit_alone,
     cases=_alone_cases,
     mistakes={
-        "It is the other way round: where `keep` is True the output stays, elsewhere it becomes "
-        "its mean.": _alone_where(lambda means, keep: (means, ~keep)),
-        "That is a zero ablation; put the means in place of what is not kept.": (
-            _alone_where(lambda means, keep: (0 * means, keep))
-        ),
+        **misrun(ways.circuit_alone),
+        **misread(ways.circuit_alone),
         "You replace every head everywhere; what `keep` marks stays.": (
             _alone_where(lambda means, keep: (means, keep & False))
         ),
-        "You replace nothing: that is the whole model, F(M).": (
-            _alone_where(lambda means, keep: (means, keep | True))
-        ),
-        "You average `means` over the prompts: each prompt already has the mean of its own "
-        "template there.": _alone_where(
-            lambda means, keep: (means.mean(0, keepdim=True).expand_as(means), keep)
-        ),
-        "You keep what is kept in *any* prompt; `keep` has a row for each prompt, because the "
-        "positions differ.": _alone_where(
-            lambda means, keep: (means, keep.any(0, keepdim=True).expand_as(keep))
-        ),
-        "You keep heads at all positions; they stay only at the positions that `keep` marks.": (
-            _alone_where(lambda means, keep: (means, keep.any(2, keepdim=True).expand_as(keep)))
-        ),
+        "Nothing is replaced: that is the whole model, F(M). Does your hook return what it edits, "
+        "or edit in place?": _alone_where(lambda means, keep: (means, keep | True)),
         "Layers that hold no head of the circuit are left as they are; they are replaced whole.": (
             partial(
                 ways.circuit_alone,
                 layers=lambda keep: keep.any(0).any(-1).any(-1).nonzero()[:, 0].tolist(),
             )
         ),
+        **{
+            f"F(C) is right, but your share is {what}; take the mean of F(C) over that of F(M).": (
+                partial(ways.circuit_alone, share=share)
+            )
+            for what, share in OTHER_RATIOS.items()
+        },
         "You return per cent; the share of a perfect circuit is 1.": (
             lambda *args: (lambda f, share: (f, 100 * share))(*ways.circuit_alone(*args))
         ),
-        "You take means and mask of another layer; layers are counted from 0.": (
-            _alone_where(lambda means, keep: (means.roll(1, 1), keep.roll(1, 1)))
+        "You return what is lost, F(M) - F(C); return F(C) itself.": lambda *args: (
+            args[5] - (found := ways.circuit_alone(*args))[0],
+            found[1],
+        ),
+        "You return the ratio for every prompt; return F(C) itself.": lambda *args: (
+            (found := ways.circuit_alone(*args))[0] / args[5],
+            found[1],
+        ),
+        "You ablate the MLPs too; only heads are replaced.": (
+            ways.otherwise("run_under", without_mlps, ways.circuit_alone)
         ),
         "You average F(C) over the prompts; return one value for each, and the share.": (
             lambda *args: (lambda f, share: (f.mean(), share))(*ways.circuit_alone(*args))
@@ -570,6 +861,14 @@ def _completeness_cases() -> dict[str, tuple]:
 
 _completeness = ways.role_completeness
 
+
+def _rows(masks: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable:
+    """Both rows, with these masks of what is kept."""
+    return lambda model, tokens, answers, means, keep, role: torch.stack(
+        [ways.run_kept(model, tokens, answers, means, kept) for kept in masks(keep, role)]
+    )
+
+
 role_completeness = EXERCISES.add(
     number=15,
     name="role_completeness",
@@ -598,8 +897,34 @@ role_completeness = EXERCISES.add(
         "You keep the role and ablate all else; it is the role that goes.": (
             partial(_completeness, without=lambda keep, role: role)
         ),
-        "That is a zero ablation; put the means in place of what is knocked out.": (
-            partial(_completeness, new=torch.zeros_like)
+        **misrun(_completeness),
+        **misread(_completeness),
+        "Both your rows are of the model; in the first all but the circuit is ablated.": (
+            _rows(lambda keep, role: (~role, ~role))
+        ),
+        "Your second row keeps the role alone; there nothing but the role is ablated.": (
+            _rows(lambda keep, role: (keep & ~role, role))
+        ),
+        "Your second row is the circuit; it is the model without the role.": (
+            _rows(lambda keep, role: (keep & ~role, keep))
+        ),
+        "Your second row is the model without the circuit; take the role alone out.": (
+            _rows(lambda keep, role: (keep & ~role, ~keep))
+        ),
+        "Your first row keeps the role alone; it is the circuit without the role.": (
+            _rows(lambda keep, role: (keep & role, ~role))
+        ),
+        "You knock out the role's layers whole; only where `role` is True.": (
+            partial(_completeness, without=lambda keep, role: keep & ~role.any(3, keepdim=True))
+        ),
+        "You subtract F(M); return the logit difference that is left.": lambda *args: (
+            _completeness(*args) - ways.run_under(*args[:3])
+        ),
+        "You divide by the figure with the role; return the logit difference that is left.": (
+            lambda *args: (
+                _completeness(*args)
+                / torch.stack([ways.run_kept(*args[:5]), ways.run_under(*args[:3])])
+            )
         ),
         "You knock the role's heads out at all positions; only where `role` is True.": (
             partial(_completeness, without=lambda keep, role: keep & ~role.any(2, keepdim=True))
@@ -621,6 +946,32 @@ def _minimality_cases() -> dict[str, tuple]:
 
 
 _minimality = ways.head_minimality
+SECOND = {
+    "F(C) - F(C without K and v)": lambda f, keep, node, rest: f(keep) - f(keep & ~(rest | node)),
+    "F(C without v) - F(C without K and v)": lambda f, keep, node, rest: (
+        f(keep & ~node) - f(keep & ~(rest | node))
+    ),
+    "F(C without K) - F(C without v)": lambda f, keep, node, rest: (
+        f(keep & ~rest) - f(keep & ~node)
+    ),
+    "F(C) - F(C without K)": lambda f, keep, node, rest: f(keep) - f(keep & ~rest),
+}
+
+
+def _minimality_by(
+    after: Callable,
+    model: TransformerBridge,
+    tokens: Tensor,
+    answers: Tensor,
+    means: Tensor,
+    keep: Tensor,
+    node: Tensor,
+    rest: Tensor,
+) -> Tensor:
+    """The head's minimality with another second change."""
+    f = partial(ways.run_kept, model, tokens, answers, means)
+    return ways.larger_on_average(f(keep) - f(keep & ~node), after(f, keep, node, rest))
+
 
 head_minimality = EXERCISES.add(
     number=16,
@@ -630,10 +981,38 @@ head_minimality = EXERCISES.add(
     reference=_minimality,
     cases=_minimality_cases,
     mistakes={
+        "Knocking the head out changes nothing: is every layer ablated, the first too, by its own "
+        "part of the mask, and the answer read at the last position?": (
+            lambda *args: 0 * _minimality(*args)
+        ),
+        **misrun(_minimality, but=("the first layer", "of the last")),
+        **dict(list(misread(_minimality).items())[1:]),
+        **{
+            f"Your second change is {what}; it is F(C without K) - F(C without K and v).": (
+                partial(_minimality_by, after)
+            )
+            for what, after in SECOND.items()
+        },
+        "You take the larger one prompt by prompt, without regard to size; one of the two "
+        "comparisons is chosen for all prompts, by its mean.": (
+            partial(_minimality, choose=torch.maximum)
+        ),
+        "You add the two comparisons; take the one that is larger on average.": (
+            partial(_minimality, choose=torch.add)
+        ),
+        "You choose by the largest prompt; choose by the size of the mean.": (
+            partial(_minimality, choose=lambda a, b: a if a.max() >= b.max() else b)
+        ),
+        "You choose by the median; choose by the size of the mean.": partial(
+            _minimality, choose=lambda a, b: a if a.median().abs() >= b.median().abs() else b
+        ),
+        "`node` and `rest` are swapped.": lambda *args: _minimality(*args[:5], args[6], args[5]),
         "Your signs are turned round: what the head adds is the figure with it minus that without "
-        "it.": lambda *args: -_minimality(*args),
-        "You compare only with all others present; do it with the rest of the role gone too, and "
-        "take what is larger on average.": (
+        "it, and the logit difference right minus wrong, as in `answers`.": (
+            lambda *args: -_minimality(*args)
+        ),
+        "You compare only with all others present; do it with `rest`, which does not hold the "
+        "head, gone too, and take what is larger on average.": (
             partial(_minimality, choose=lambda alone, after: alone)
         ),
         "You compare only with the rest of the role gone; do it with all others present too, and "
@@ -687,7 +1066,7 @@ def _judge_head(answer: Callable[[], tuple[int, int]]) -> str | None:
     model, head = _STAGE["model"], answer()
     if not isinstance(head, tuple) or len(head) != 2:
         return f"Return a head, such as `Head(3, 5)`; you return {a_kind(head)}."
-    head = check_heads(model, [head])[0]
+    head = check_heads(model, [tuple(map(index, head))])[0]  # numpy's or torch's integers too
     if head in _STAGE["named"]:
         return f"{head} has a role already: find one that is not in the circuit."
     prompts, others = (ioi_prompts(model, n_prompts=48, seed=seed) for seed in (101, 102))

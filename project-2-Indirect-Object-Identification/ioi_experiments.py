@@ -6,6 +6,7 @@ Each is the plain way to do it, one whole run after another, as a learner would 
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from unittest import mock
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +48,16 @@ def record_z(model: TransformerBridge, tokens: Tokens) -> EveryZ:
     return torch.stack([run[name] for name in names])
 
 
+def otherwise(name: str, part: Callable, experiment: Callable) -> Callable:
+    """The experiment with another function in place of the one of this name in this file."""
+
+    def run(*args: object) -> object:
+        with mock.patch.dict(globals(), {name: part}):
+            return experiment(*args)
+
+    return run
+
+
 # Part 2: the residual stream at the end, read as it grows and head by head
 
 
@@ -71,12 +82,13 @@ def logit_lens(
     *,
     norm: Callable[[Tensor, Tensor], Tensor] = lambda stream, scale: stream / scale,
     read: Callable[[Tensor], Tensor] = lambda logits: logits,
-    bias: bool = True,
+    bias: float = 1,
     position: int = -1,
+    site: str = "resid_pre",
 ) -> Float[Tensor, "prompt stage"]:
     """The logit difference read off the stream before every layer and at the end."""
     last = model.cfg.n_layers - 1
-    names = [hook_name(layer, "resid_pre") for layer in range(last + 1)]
+    names = [hook_name(layer, site) for layer in range(last + 1)]
     names += [hook_name(last, "resid_post")]
     found = []
     stream, scale = at_the_end(model, tokens, names, position)  # [prompt stage d_model]
@@ -93,13 +105,15 @@ def head_attribution(
     *,
     change: Callable[[Tensor], Tensor] = lambda scale: scale,
     towards: Callable = direction,
+    weights: Callable[[TransformerBridge], Tensor] = lambda model: model.W_O,
+    shown: Callable[[Tensor], Tensor] = lambda written: written,
     bias: bool = False,
     position: int = -1,
 ) -> Float[Tensor, "prompt layer head"]:
     """What every head writes to the logit difference at the last position."""
     names = [hook_name(layer, "z") for layer in range(model.cfg.n_layers)]
     z, scale = at_the_end(model, tokens, names, position)
-    written = torch.einsum("plhd,lhdm->plhm", z, model.W_O)
+    written = shown(torch.einsum("plhd,lhdm->plhm", z, weights(model)))
     if bias:
         written = written + model.b_O[:, None]
     return torch.einsum("plhm,pm->plh", written, towards(model, answers)) / change(scale)
@@ -127,7 +141,7 @@ def sweep_heads(
     *,
     at: slice = ALL,
     together: bool = False,
-    kept: bool = False,
+    kept: Callable[[int], bool] = lambda head: False,
 ) -> Float[Tensor, "prompt layer head"]:
     """The logit difference of the corrupted run with one head patched at a time."""
     from_clean, n_heads = record_z(model, clean), model.cfg.n_heads
@@ -135,9 +149,8 @@ def sweep_heads(
     found, earlier = [], []
     for layer, head in [(layer, head) for layer in layers for head in range(n_heads)]:
         put = partial(patched, head=ALL if together else head, positions=columns)
-        hook = partial(lambda z, hook, clean_z, put: put(z, clean_z), put=put)
-        hook = partial(hook, clean_z=from_clean[layer])
-        earlier = [*(earlier if kept else []), (hook_name(layer, "z"), hook)]
+        hook = partial(lambda z, hook, put: put(z, from_clean[hook.layer()]), put=put)
+        earlier = [*(earlier if kept(head) else []), (hook_name(layer, "z"), hook)]
         found.append(run_under(model, corrupted, answers, earlier))
     return torch.stack(found, dim=1).unflatten(1, (len(layers), n_heads))
 
@@ -148,24 +161,25 @@ def attribution_patching(
     corrupted: Tokens,
     answers: Answers,
     *,
-    step: Callable[[Tensor, Tensor], Tensor] = lambda new, old: new - old,
+    effect: Callable[..., Tensor] = lambda new, old, slope: (new - old) * slope,
     summed: Callable[[Tensor], Tensor] = lambda x: x.sum((-3, -1)),
     on_clean: bool = False,
+    cut: bool = False,
 ) -> Float[Tensor, "prompt layer head"]:
     """First-order guess at the change of the logit difference, had each head been the clean one."""
     found: list[Tensor] = []
 
     def keep(z: Tensor, hook: HookPoint) -> Tensor:
-        found.append(z)
-        return z
+        found.append(z.detach().requires_grad_() if cut else z)
+        return found[-1]
 
     with torch.enable_grad():
         hooks = [*every(model, keep), ("hook_embed", lambda x, hook: x.requires_grad_())]
         values = run_under(model, clean if on_clean else corrupted, answers, hooks)
         slope = torch.stack(torch.autograd.grad(values.sum(), found))
     with torch.no_grad():
-        effect = step(record_z(model, clean), record_z(model, corrupted)) * slope
-    return summed(effect).movedim(0, 1)
+        effects = effect(record_z(model, clean), record_z(model, corrupted), slope)
+    return summed(effects).movedim(0, 1)
 
 
 # Part 4: path patching
@@ -216,6 +230,7 @@ def path_patch_to_queries(
     everywhere: bool = False,
     whole_layer: bool = False,
     from_new: bool = False,
+    any_layer: bool = False,
 ) -> Float[Tensor, "prompt sender"]:
     """The logit difference with one sender's path to the receivers' queries from the new run."""
     runs = dict(original=record_z(model, tokens), new=record_z(model, new_tokens))
@@ -232,7 +247,7 @@ def path_patch_to_queries(
         def put(x: Tensor, hook: HookPoint, arrived: dict = arrived) -> Tensor:
             x = x.clone()
             for receiver in receivers:
-                if receiver.layer == hook.layer():
+                if any_layer or receiver.layer == hook.layer():
                     index = (*place, ALL if whole_layer else receiver.head)
                     x[index] = arrived[hook.name][index]
             return x
@@ -250,7 +265,7 @@ def run_kept(
     model: TransformerBridge,
     tokens: Tokens,
     answers: Answers,
-    means: Means | float,
+    means: Means,
     keep: Mask,
     layers: Iterable[int] | None = None,
 ) -> Float[Tensor, "prompt"]:
@@ -258,8 +273,7 @@ def run_kept(
 
     def ablate(z: Tensor, hook: HookPoint) -> Tensor:
         layer = hook.layer()
-        mean = means[:, layer] if isinstance(means, Tensor) else torch.full_like(z, means)
-        return torch.where(keep[:, layer, :, :, None].to(z.device), z, mean.to(z))
+        return torch.where(keep[:, layer, :, :, None].to(z.device), z, means[:, layer].to(z))
 
     return run_under(model, tokens, answers, every(model, ablate, layers))
 
@@ -316,11 +330,10 @@ def role_completeness(
     role: Mask,
     *,
     without: Callable[[Mask, Mask], Mask] = lambda keep, role: keep & ~role,
-    new: Callable[[Means], Means | float] = lambda means: means,
     among: Callable[[Mask], Mask] = torch.ones_like,
 ) -> Float[Tensor, "run prompt"]:
     """F(C - G) and F(M - G): a role knocked out of the circuit, and out of the whole model."""
-    f = partial(run_kept, model, tokens, answers, new(means))
+    f = partial(run_kept, model, tokens, answers, means)
     return torch.stack([f(without(keep, role)), f(without(among(keep), role))])
 
 

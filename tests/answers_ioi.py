@@ -749,6 +749,42 @@ def own_stage_norm(model, tokens, answers):
     return torch.stack([difference_by_rows(x, answers) for x in logits], dim=1)
 
 
+def lens_of_the_middle(model, tokens, answers):
+    _, cache = model.run_with_cache(tokens)
+    stages = [cache["resid_mid", layer] for layer in range(model.cfg.n_layers)]
+    stages = [*stages, cache["resid_post", model.cfg.n_layers - 1]]
+    logits = [model.unembed(x / cache["ln_final.hook_scale"]) for x in stages]
+    return torch.stack([difference_by_rows(x, answers) for x in logits], dim=1)
+
+
+def heads_by_another_scale(model, tokens, answers):
+    scale = model.run_with_cache(tokens)[1]["ln_final.hook_scale"]
+    return heads_by_loop(model, tokens, answers) * (scale[:, -1] / scale[:, -2])[..., None]
+
+
+def sweep_bound_late(model, clean, corrupted, answers, layers):
+    """The hooks of a layer are made in one loop and run in another."""
+    _, cache = model.run_with_cache(clean)
+    values = []
+    for layer in layers:
+        puts = []
+        for head in range(model.cfg.n_heads):
+
+            def put(z, hook):
+                z[:, :, head] = cache[hook.name][:, :, head]  # noqa: B023
+                return z
+
+            puts.append((f"blocks.{layer}.attn.hook_z", put))
+        logits = [model.run_with_hooks(corrupted, fwd_hooks=[put]) for put in puts]
+        values.append(torch.stack([difference_by_rows(x, answers) for x in logits], dim=1))
+    return torch.stack(values, dim=1)
+
+
+def sweep_at_values(model, clean, corrupted, answers, layers):
+    whole = patching.patch_heads(model, clean, corrupted, metrics.LogitDiff(answers), site="v")
+    return whole[:, layers]
+
+
 def leaves_hooks(model, clean, corrupted, answers, layers):
     for layer in layers:
         model.add_hook(f"blocks.{layer}.attn.hook_z", lambda z, hook: z)
@@ -777,25 +813,48 @@ def no_gradient(model, clean, corrupted, answers):
 WRONG = [
     ("logit_difference", lambda x, a: difference_by_rows(x, a).abs(), "absolute values"),
     ("logit_difference", lambda x, a: 2 * difference_by_rows(x, a), "2 times too large"),
-    ("logit_lens", own_stage_norm, "Off by up to"),
+    ("logit_difference", lambda x, a: difference_by_rows(x.cumsum(1), a), "sum over the positions"),
+    ("logit_difference", lambda x, a: difference_by_rows(x, a[:1].expand(3, 2)), "first prompt's"),
+    ("logit_lens", own_stage_norm, "scale of its own, and the bias"),
     ("logit_lens", lambda *args: lens_by_cache(*args)[:, :-1], "last entry along stage is missing"),
     ("logit_lens", lambda *args: lens_by_cache(*args).T, "axes stand in another order"),
+    ("logit_lens", lens_of_the_middle, "between attention and MLP"),
+    ("head_attribution", heads_by_another_scale, "factor of its own"),
     ("head_attribution", changes_weights, "changes the model's weights"),
     ("head_attribution", lambda *args: -heads_by_loop(*args), "signs are turned round"),
     ("head_attribution", lambda *args: heads_by_loop(*args).flatten(1), "shape [6, 12]"),
     ("corrupt_s2", corrupt_in_place, "work on a copy"),
     ("corrupt_s2", lambda t, at: corrupt_by_loop(t, at).float(), "floating-point numbers"),
+    ("corrupt_s2", lambda t, at: corrupt_by_loop(t, at | {"S2": at["S2"] - 1}), "too early"),
+    ("patch_head", lambda z, h, new, i, at: patch_by_columns(z, h, new, i, at - 1), "before"),
     ("patch_head", lambda z, hook, clean, head, at: clean[:, :, head], "has shape"),
     (
         "patch_head",
         lambda z, hook, clean, head, at: (z + patch_by_columns(z, hook, clean, head, at)) / 2,
         "Right but for head 1",
     ),
+    ("sweep_heads", sweep_bound_late, "Every head gets what belongs to the last"),
+    ("sweep_heads", sweep_at_values, "hooks are at the values"),
+    (
+        "sweep_heads",
+        lambda *args: sweep_by_library(*args[:3], args[3][:, [0, 0]], *args[4:]),
+        "zero",
+    ),
     ("sweep_heads", leaves_hooks, "leaves hooks on the model"),
     ("sweep_heads", lambda *args: sweep_by_library(*args).mean(0), "average over prompt"),
     ("sweep_heads", lambda *args: sweep_by_library(*args).movedim(0, -1), "in another order"),
     ("attribution_patching", no_gradient, "raised RuntimeError"),
     ("attribution_patching", lambda *args: slope_by_kept(*args).abs(), "absolute values"),
+    (
+        "attribution_patching",
+        lambda m, c, x, a: slope_by_kept(m, c, x, a.flip(1)),
+        "right minus wrong, columns 0 and 1 of `answers`",
+    ),
+    (
+        "path_patch_hook",
+        lambda z, hook, o, new, s: path_by_mask(z, hook, o, new, Head(s.layer, s.head - 1)),
+        "You send the head before",
+    ),
     ("path_patch_hook", path_into_the_cache, "work on a copy"),
     ("path_patch_hook", lambda z, hook, original, new, sender: original, "has shape"),
     (
@@ -805,21 +864,51 @@ WRONG = [
     ),
     ("path_patch_to_logits", lambda *args: to_logits_by_library(*args).T, "in another order"),
     (
+        "path_patch_to_logits",
+        lambda *args: to_logits_by_library(*args)[:, -1:].expand(-1, len(args[4])),
+        "Every sender gets what belongs to the last",
+    ),
+    (
+        "path_patch_to_queries",
+        lambda *args: to_queries_by_library(*args[:6], args[6] - 1),
+        "one position too early",
+    ),
+    (
         "path_patch_to_queries",
         lambda *args: to_queries_by_library(*args[:4], args[4][1:], *args[5:]),
         "first entry along sender is missing",
     ),
+    ("copying_score", lambda *args: copying_by_loop(*args[:5], args[5] - 1), "one rank too few"),
     ("copying_score", lambda r, v, o, u, names, k: k / len(names), "Off by up to"),
     ("copying_score", lambda *args: 1 - copying_by_loop(*args), "one minus"),
     ("fit_signal", lambda values, codes: fit_by_means(values, codes).T, "in another order"),
     ("fit_signal", lambda values, codes: -fit_by_means(values, codes), "signs are turned round"),
+    ("fit_signal", lambda v, codes: fit_by_numpy(v[:3], codes[:3]), "first three variants"),
+    ("template_means", lambda z, t, w: means_by_loop(z, t, t[:6]), "the first ABC prompts"),
     ("template_means", lambda z, t, w: means_by_loop(z, t, w).mean(2), "average over pos"),
     ("template_means", lambda z, t, w: means_by_loop(z, t, w.flip(0)), "back to front"),
     ("circuit_alone", lambda *args: alone_in_place(*args)[0], "part is missing"),
     (
         "circuit_alone",
         lambda *args: (alone_in_place(*args)[0], alone_in_place(*args)[1] / 2),
-        "For circuit",
+        "2 times too small",
+    ),
+    (
+        "circuit_alone",
+        lambda m, t, a, means, *rest: alone_in_place(m, t, a, means.roll(1, 1), *rest),
+        "means of another layer",
+    ),
+    (
+        "role_completeness",
+        lambda m, t, a, means, *rest: completeness_by_nodes(m, t, a, means.roll(1, 1), *rest),
+        "means of another layer",
+    ),
+    (
+        "head_minimality",
+        lambda m, t, a, means, keep, node, rest: minimality_stacked(
+            m, t, a, means, keep, rest, node
+        ),
+        "are swapped",
     ),
     ("role_completeness", lambda *args: completeness_by_nodes(*args)[0], "entry 0 of run alone"),
     ("role_completeness", lambda *args: completeness_by_nodes(*args).T, "in another order"),

@@ -43,6 +43,11 @@ SLIPS = [  # what was done to the right values, and what is said
     (lambda x: part(x, 1, 0), "Right but for head 0, counted"),
     (lambda x: part(x, 2, 4), "Right but for pos 4 (the last)"),
     (lambda x: x.flatten()[torch.randperm(30)].view_as(x), "right values, in the wrong places"),
+    (lambda x: x[:, -1:].expand_as(x), "Every head gets what belongs to the last"),
+    (lambda x: (x**2)[:, :, :1].expand_as(x), "the same for every pos"),
+    (lambda x: x * torch.rand(1, 3, 1), "each head are off by a factor of its own"),
+    (lambda x: x + torch.tensor([[[0.0]], [[5.0]]]), "prompt 1 are off by an amount"),
+    (lambda x: x * torch.rand(x.shape).sub(0.5).sign(), "some of the signs are turned round"),
     (lambda x: x * torch.rand(x.shape), "Off by up to"),
     (lambda x: x.mean(1), "average over head; keep one value"),
     (lambda x: x.sum(0), "sum over prompt; keep one value"),
@@ -74,6 +79,11 @@ def test_every_entry_with_every_other_is_told():
     rows = torch.randn(4, 6)
     want, broadcast = (rows * rows).sum(-1), rows @ rows.T
     assert "combine every entry with those of all the others" in difference(broadcast, want)
+
+
+def test_what_is_right_for_the_first_prompt_alone_is_told():
+    first = torch.cat([WANT[0][:1], torch.rand(2, 5)])
+    assert "Right for head 0 alone" in difference(first, WANT[0], AXES[1:])
 
 
 def test_a_transposed_square_is_told():

@@ -4,6 +4,8 @@ import importlib
 import sys
 import time
 import types
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
@@ -136,7 +138,8 @@ def test_single_numbers_are_judged_together(capsys):
     assert "cut values above one" in line(capsys, lambda a, b: min(a / b, 1.0), **parts)
     assert "2 times too large" in line(capsys, lambda a, b: 2 * a / b, **parts)
     assert "For a: Off by up to 1.5: it is -1" in line(capsys, lambda a, b: a - b, **parts)
-    assert line(capsys, lambda a, b: torch.tensor(a / b), **parts) == f"right. {YOURS}"
+    for kind in (torch.tensor, Fraction, Decimal):
+        assert line(capsys, lambda a, b, kind=kind: kind(a / b), **parts) == f"right. {YOURS}"
     rows = {name: (k * torch.arange(4.0),) for name, k in (("a", 1), ("b", 2), ("c", 3))}
     parts = dict(reference=lambda x: 2 * x, cases=lambda: rows, mistakes={})
     said = line(capsys, lambda x: x.mean(), **parts)

@@ -16,23 +16,23 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in ROOT.glob("project-*/*.ipy
 
 # Lines at most. Raising a number is a decision: is what needs it worth a reader's time?
 LINES = {
-    "utils/heads.py": 195,
-    "utils/metrics.py": 205,
+    "utils/heads.py": 205,
+    "utils/metrics.py": 235,
     "utils/edits.py": 240,
     "utils/ablation.py": 135,
     "utils/patching.py": 110,
     "utils/paths.py": 180,
-    "utils/circuit.py": 285,
+    "utils/circuit.py": 300,
     "utils/attribution.py": 220,
     "utils/weights.py": 250,
-    "utils/selection.py": 100,
+    "utils/selection.py": 210,
     "utils/toy.py": 230,  # the analysis part ends here
     "utils/prompts.py": 185,
     "utils/ioi.py": 265,
     "utils/plotting.py": 305,
     "utils/diagram.py": 155,
-    "utils/exercises.py": 470,
-    "utils/diagnosis.py": 220,
+    "utils/exercises.py": 475,
+    "utils/diagnosis.py": 260,
     "utils/learner.py": 150,
     "utils/ledger.py": 150,
     "utils/rules.py": 65,
@@ -42,7 +42,7 @@ LINES = {
     "utils/__init__.py": 1,
     "utils/engine/replay.py": 270,
     "utils/engine/packs.py": 205,
-    "utils/engine/readout.py": 135,
+    "utils/engine/readout.py": 140,
     "utils/engine/direct.py": 75,
     "utils/engine/shortcuts.py": 60,
     "utils/engine/__init__.py": 10,
@@ -51,18 +51,19 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 5330,
+    "utils/**/*.py": 5540,
     "project-1-induction-heads/*_exercises.py": 765,
     "project-1-induction-heads/*_claims.py": 250,
-    "project-2-Indirect-Object-Identification/*_exercises.py": 765,
-    "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 440,
-    "project-2-Indirect-Object-Identification/ioi_experiments.py": 360,
-    "project-2-Indirect-Object-Identification/*_claims.py": 370,
-    "tools/*.py": 1280,
+    "project-2-Indirect-Object-Identification/*_exercises.py": 1095,
+    "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 700,
+    "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
+    "project-2-Indirect-Object-Identification/ioi_slips.py": 165,
+    "project-2-Indirect-Object-Identification/*_claims.py": 350,
+    "tools/*.py": 1420,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 9000,
+    "tests/*.py": 9250,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2040
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2230
 
 
 def n_lines(*patterns):

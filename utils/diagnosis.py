@@ -29,6 +29,15 @@ def close(got: Tensor, want: Tensor) -> bool:
     )
 
 
+def same(got: object, want: object) -> bool:
+    """Whether both are numbers or tensors, and equal but for rounding and type."""
+    if not all(isinstance(x, (bool, Number, Tensor)) for x in (got, want)):
+        return False
+    one, other = (torch.as_tensor(x).detach().cpu().to_dense() for x in (got, want))
+    complex_ = one.is_complex() or other.is_complex()
+    return not complex_ and close(one.double(), other.double())
+
+
 def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | None:
     """In what `got` differs from `want` (whose axes have these names), or None if in nothing."""
     if got is None:
@@ -132,8 +141,12 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
         factor = (got * want).sum() / (want * want).sum().clamp(min=1e-12)
         if close(got, factor * want) and factor.abs() > 1e-3:
             yield _scale(float(factor), want.shape, names)
+        for dim, name in enumerate(names):
+            yield from _one_by_one(got, want, dim, name)
+        if close(got.abs(), want.abs()):
+            yield "The sizes are right, but some of the signs are turned round."
         slope = (centred * right).sum() / (right * right).sum().clamp(min=1e-12)
-        if want.numel() > 2 and slope.abs() > 1e-3 and close(centred, slope * right):
+        if want.numel() > 3 and slope.abs() > 1e-3 and close(centred, slope * right):
             yield f"Yours are {slope:.3g} times the right values, and moved: scale and zero differ."
         if close(got.flatten().sort().values, want.flatten().sort().values):
             yield "The right values, in the wrong places."
@@ -162,6 +175,35 @@ def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
         yield f"You take a softmax over {name}."
     if close(got, want / want.sum(dim, keepdim=True)):
         yield f"You divide by the sum over {name}."
+    if close(got, got.narrow(dim, 0, 1).expand_as(got)):
+        for side, i in (("first", 0), ("last", n - 1)):
+            if close(got, want.narrow(dim, i, 1).expand_as(want)):
+                yield (
+                    f"Every {name} gets what belongs to the {side}. A function made in a loop sees "
+                    "the loop's variable as it is when called: bind it (`i=i`)."
+                )
+        yield f"Your values are the same for every {name}; each has its own."
+
+
+def _one_by_one(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
+    """Off by a factor or an amount that is another one in every entry of an axis."""
+    rest = [d for d in range(want.ndim) if d != dim]
+    if want.shape[dim] < 2 or want.numel() < 3 * want.shape[dim]:
+        return
+    factor = (got * want).sum(rest, keepdim=True) / (want * want).sum(rest, keepdim=True)
+    amount = (got - want).mean(rest, keepdim=True)
+    off = (~torch.isclose(got, want, rtol=1e-3, atol=1e-4)).sum(rest).nonzero().flatten().tolist()
+    which = f"{name} {', '.join(map(str, off))}" if len(off) < want.shape[dim] else f"each {name}"
+    if close(got, factor * want) and factor.abs().min() > 1e-3:
+        yield (
+            f"The values of {which} are off by a factor of its own: what you divide or multiply by "
+            f"is wrong, such as that of another place, or not meant for each {name}."
+        )
+    if close(got - want, amount.expand_as(got)):
+        yield (
+            f"The values of {which} are off by an amount of its own: what you add or subtract is "
+            "wrong, or does not belong, or is missing."
+        )
 
 
 def _part(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
@@ -171,6 +213,8 @@ def _part(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
         other = [d for d in range(want.ndim) if d != dim]
         at = wrong.flatten() if want.ndim == 1 else wrong.amax(other) if other else wrong
         at = at.bool().nonzero().flatten().tolist()
+        if dim == 0 and want.shape[0] > 2 and at == list(range(1, want.shape[0])):
+            yield f"Right for {name} 0 alone: is what belongs to it used for all?"
         if 0 < 3 * len(at) <= want.shape[dim]:
             where = f"{name} {', '.join(map(str, at))}" + (
                 " (the last)" * (at == [want.shape[dim] - 1])

@@ -33,6 +33,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property, wraps
 from numbers import Number
 
@@ -42,7 +44,7 @@ from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from utils.diagnosis import a_kind, difference, kind_of_slip
+from utils.diagnosis import a_kind, difference, kind_of_slip, same
 from utils.learner import Overrun, Watched, contained, keep_names
 
 RIGHT, WRONG, UNTRIED = "right", "not right yet", "not attempted yet"
@@ -92,6 +94,7 @@ class Exercise:
     run: Callable | None = None
     state: str = UNTRIED
     checking: bool = False
+    given: dict[tuple[str, str], dict] = field(default_factory=dict)  # what mistakes give
 
     def __call__(self, answer: Callable) -> Callable:
         """Print one line (right, not attempted yet, or what is wrong); never raises.
@@ -162,29 +165,45 @@ class Exercise:
     def _outputs(self, answer: Callable) -> dict[str, object]:
         """The answer's output on a copy of each case. Raises _NotRight if it changed the copy."""
         outputs = {}
-        for label, args in self._inputs.items():
-            models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
-            modules = {id(a): a for a in args if isinstance(a, nn.Module)}
-            copy, watched = deepcopy(args, modules), Watched(models)
-            run = self.run or (lambda answer, *args: answer(*args))
-            try:
-                output = run(answer if run is run_hook else _returning(answer), *copy)
-                output = output.detach() if isinstance(output, Tensor) else output
-            finally:
-                changed = watched.undo()
-            if changed:
-                raise _NotRight(changed)
-            for i, (one, other) in enumerate(zip(copy, args, strict=True)):
-                if not _same(one, other):
-                    names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
-                    name = names[i]
-                    raise _NotRight(
-                        f"Your function changes its input `{name}` in place; work on a copy "
-                        f"(`{name} = {name}.clone()`)."
-                    )
-            whole = "_wanted" in vars(self) and label in self._wanted
-            outputs |= {label: output} if whole else _parts(label, output)
+        for label in self._inputs:
+            outputs |= self._output(answer, label)
         return outputs
+
+    def _output(self, answer: Callable, label: str) -> dict[str, object]:
+        """The parts of the output on a copy of one case."""
+        args = self._inputs[label]
+        models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
+        modules = {id(a): a for a in args if isinstance(a, nn.Module)}
+        copy, watched = deepcopy(args, modules), Watched(models)
+        run = self.run or (lambda answer, *args: answer(*args))
+        try:
+            output = run(answer if run is run_hook else _returning(answer), *copy)
+            output = output.detach() if isinstance(output, Tensor) else output
+            output = float(output) if isinstance(output, (Decimal, Fraction)) else output
+        finally:
+            changed = watched.undo()
+        if changed:
+            raise _NotRight(changed)
+        for i, (one, other) in enumerate(zip(copy, args, strict=True)):
+            if not _same(one, other):
+                names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
+                name = names[i]
+                raise _NotRight(
+                    f"Your function changes its input `{name}` in place; work on a copy "
+                    f"(`{name} = {name}.clone()`)."
+                )
+        whole = "_wanted" in vars(self) and label in self._wanted
+        return {label: output} if whole else _parts(label, output)
+
+    def _is_mistake(self, message: str, outputs: Mapping[str, object]) -> bool:
+        """Whether a mistake gives these outputs; what it gives in a case is kept."""
+        for label in self._inputs:
+            if (message, label) not in self.given:
+                self.given[message, label] = self._output(self.mistakes[message], label)
+            given = self.given[message, label]
+            if not all(same(outputs.get(part), value) for part, value in given.items()):
+                return False
+        return True
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
         """In words, or None if it is right. Raises NotImplementedError for an untouched stub."""
@@ -209,15 +228,16 @@ class Exercise:
         differences = self._differences(outputs, wanted)
         if not differences:
             return None
-        for message, wrong in self.mistakes.items():
+        for message in self.mistakes:
             try:
                 with contained(CHECK_SECONDS):
-                    same = not self._differences(outputs, self._outputs(wrong))
+                    same = self._is_mistake(message, outputs)
             except Exception:  # a mistake that fails on a case cannot be what the learner has
                 continue
             if same:
                 return message
-        if text := self._in_all_cases(outputs, wanted):
+        numbers = {label: value for label, value in wanted.items() if not value.ndim}
+        if differences.keys() <= numbers.keys() and (text := self._in_all_cases(outputs, numbers)):
             return text
         label, text = next(iter(differences.items()))
         right = [other for other in wanted if other not in differences]
