@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks test test-nightly lint benchmark outputs gone
+.PHONY: help notebooks test test-nightly lint benchmark outputs study gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -39,6 +39,9 @@ benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a s
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed
 	$(VENV_PYTHON) -m tools.notebooks outputs $(ARGS)
+
+study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (ARGS=worst: a part)
+	$(VENV_PYTHON) -m tools.study $(ARGS)
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL) $(GPT2_TOKENIZER)"
