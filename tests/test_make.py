@@ -99,6 +99,7 @@ TEST = [*LINT, "pytest tests -m not nightly"]
         ("notebooks", ["tools.notebooks run"], "induction"),
         ("benchmark", ["tools.benchmark"], "--quick"),
         ("outputs", ["tools.notebooks outputs"], "induction"),
+        ("study", ["tools.study"], "worst"),
         ("lint", LINT, ""),
     ],
 )
