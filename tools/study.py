@@ -1,6 +1,6 @@
 """What takes too long for the IOI notebook: circuits by search, and a step further back.
 
-    python -m tools.study [PART ...]      PART: search, worst, back; none means all of them
+    python -m tools.study [PART ...]      PART: search, judge, worst, back; none means all
 
 Rewrites these parts of results/study/<model>.json, which the notebook reads. Nodes are chosen on
 one set of prompts, means come from a second, and circuits are judged on a third. The circuit by
@@ -30,7 +30,7 @@ PROJECT = ROOT / "project-2-Indirect-Object-Identification"
 SETS = {
     "chosen_on": {"n_prompts": 64, "seed": 4},
     "means": {"n_prompts": 128, "seed": 3},
-    "judged_on": {"n_prompts": 64, "seed": 0},
+    "judged_on": {"n_prompts": 192, "seed": 0},
     "paths_on": {"n_prompts": 32, "seed": 2},
 }
 N_CANDIDATES, N_NODES, N_WORST = 40, 30, 8
@@ -44,37 +44,42 @@ READS = {
 Figures = list[float | None]  # mean and standard error
 
 
-def search(model: TransformerBridge, found: Circuit) -> dict:
-    """Lists of nodes, each in an order of its own, and how faithful the first of each are."""
-    prompts, others, judge = sets(model, "chosen_on", "means", "judged_on")
-    by_template = circuit.abc_means(model, others)
-    means = circuit.means_run(prompts, by_template)
+def search(model: TransformerBridge, found: Circuit, results: dict) -> dict:
+    """Lists of nodes, each in an order of its own, the first of each to be taken together."""
+    prompts, others = sets(model, "chosen_on", "means")
+    means = circuit.means_run(prompts, circuit.abc_means(model, others))
     candidates = rank(model, prompts, means)[:N_CANDIDATES]
     say("ranked by attribution")
     forward = selection.forward_search(model, prompts, means, candidates, N_NODES)
     say("forward")
     backward = selection.backward_search(model, prompts, means, candidates, n_left=1)
-    say("backward")
     (last,) = set(candidates) - {step.node for step in backward}
     orders = {
-        "roles": in_turn(found),
         "attribution": candidates,
         "forward": [step.node for step in forward],
         "backward": [last, *(step.node for step in reversed(backward))],
     }
-    judged_by = circuit.means_run(judge, by_template)
+    # by the number of nodes, as the search saw it
+    far = {"forward": forward, "backward": reversed(backward)}
     return {
         "orders": {name: list(map(circuit.node_label, order)) for name, order in orders.items()},
-        # by the number of nodes, as the search saw it
         "distance_when_chosen": {
-            "forward": [plain(step.figure) for step in forward],
-            "backward": [plain(step.figure) for step in reversed(backward)],
+            name: [plain(step.figure) for step in steps] for name, steps in far.items()
         },
-        "curves": {name: curve(model, judge, judged_by, each) for name, each in orders.items()},
     }
 
 
-def worst(model: TransformerBridge, found: Circuit) -> dict:
+def judge(model: TransformerBridge, found: Circuit, results: dict) -> dict:
+    """How faithful the first nodes of each list are, and of the circuit by roles."""
+    prompts, others = sets(model, "judged_on", "means")
+    means = circuit.means_run(prompts, circuit.abc_means(model, others))
+    orders = {"roles": in_turn(found)}
+    for name, labels in results["orders"].items():
+        orders[name] = list(map(circuit.node_from_label, labels))
+    return {"curves": {name: curve(model, prompts, means, each) for name, each in orders.items()}}
+
+
+def worst(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     """The nodes without which circuit and model differ most, one after another."""
     prompts, others = sets(model, "chosen_on", "means")
     means = circuit.means_run(prompts, circuit.abc_means(model, others))
@@ -82,7 +87,7 @@ def worst(model: TransformerBridge, found: Circuit) -> dict:
     return {"worst_set": [[circuit.node_label(step.node), plain(step.figure)] for step in steps]}
 
 
-def back(model: TransformerBridge, found: Circuit) -> dict:
+def back(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     """By role and what it reads: the heads on whose path the logit difference depends."""
     (prompts,) = sets(model, "paths_on")
     metric = LogitDiff(prompts.answers)
@@ -131,14 +136,15 @@ def in_turn(found: Circuit) -> list[Node]:
 
 
 def curve(
-    model: TransformerBridge, judge: ioi.IOIPrompts, means: Run, order: Sequence[Node]
+    model: TransformerBridge, prompts: ioi.IOIPrompts, means: Run, order: Sequence[Node]
 ) -> list[dict[str, int | Figures]]:
     """How faithful the first nodes of a list are, for some numbers of them, up to all."""
-    f_model = circuit.logit_diffs(model, judge, [[]])[0]
-    groups = {"all": judge.is_abba | True, "ABBA": judge.is_abba, "BABA": ~judge.is_abba}
+    f_model = circuit.logit_diffs(model, prompts, [[]])[0]
+    is_abba = prompts.is_abba
+    groups = {"all": is_abba | True, "ABBA": is_abba, "BABA": ~is_abba}
     rows = []
     for size in (size for size in SIZES if size <= len(order)):
-        f = circuit.run_circuit(model, judge, means, set(order[:size]))
+        f = circuit.run_circuit(model, prompts, means, set(order[:size]))
         row: dict[str, int | Figures] = {"nodes": size}
         for name, which in groups.items():
             row[name] = figures(circuit.faithfulness(f[which], f_model[which]).ratio)
@@ -155,7 +161,7 @@ def say(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {what}", flush=True)
 
 
-PARTS = {"search": search, "worst": worst, "back": back}
+PARTS = {"search": search, "judge": judge, "worst": worst, "back": back}
 
 
 def main(names: list[str]) -> None:
@@ -170,7 +176,7 @@ def main(names: list[str]) -> None:
     made_by = {"model": label, "weights": weights_digest(model), "versions": versions, "sets": SETS}
     results = read_json(path) if path.exists() else {}
     for name in names or PARTS:
-        results |= PARTS[name](model, found)
+        results |= PARTS[name](model, found, results)
         write_json(path, results | made_by)
         say(f"{name}: written")
 
