@@ -53,7 +53,7 @@ LINES = {
     "utils/models/__init__.py": 10,
     "utils/**/*.py": 5330,
     "project-1-induction-heads/*_exercises.py": 765,
-    "project-1-induction-heads/*_claims.py": 250,
+    "project-1-induction-heads/*_claims.py": 265,
     "project-2-Indirect-Object-Identification/*_exercises.py": 765,
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 440,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 360,
