@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in ROOT.glob("project-*/*.ipy
 # Lines at most. Raising a number is a decision: is what needs it worth a reader's time?
 LINES = {
     "utils/heads.py": 195,
-    "utils/metrics.py": 205,
+    "utils/metrics.py": 215,
     "utils/edits.py": 240,
     "utils/ablation.py": 135,
     "utils/patching.py": 110,
@@ -26,8 +26,8 @@ LINES = {
     "utils/attribution.py": 220,
     "utils/weights.py": 285,
     "utils/selection.py": 100,
-    "utils/toy.py": 230,  # the analysis part ends here
-    "utils/prompts.py": 185,
+    "utils/toy.py": 290,  # the analysis part ends here
+    "utils/prompts.py": 275,
     "utils/ioi.py": 265,
     "utils/plotting.py": 305,
     "utils/diagram.py": 155,
@@ -51,7 +51,7 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 5440,
+    "utils/**/*.py": 5480,
     "project-1-induction-heads/*_exercises.py": 765,
     "project-1-induction-heads/*_claims.py": 265,
     "project-2-Indirect-Object-Identification/*_exercises.py": 765,
@@ -62,7 +62,7 @@ LINES = {
     "tools/benchmark*.py": 700,
     "tests/*.py": 9000,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2120
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2135
 
 
 def n_lines(*patterns):

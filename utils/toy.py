@@ -27,6 +27,7 @@ VOCAB = 64  # token 0 starts every sequence and occurs nowhere else
 LONGEST = 23  # tokens in the longest segment, so that two copies fit
 SHORTEST = 8
 CONTEXT = 1 + 2 * LONGEST
+BATCH = 64  # sequences a step
 SNAPSHOT = 10  # steps from one measurement to the next
 EARLY, LATE, AROUND = 12, 12 + LONGEST, 5  # in-context-learning score: middle of either copy
 HELD_OUT, HELD_OUT_SEED = 64, 1_000_003
@@ -89,7 +90,7 @@ def smear(
     return torch.cat([k[:, :1], share * k[:, 1:] + (1 - share) * k[:, :-1]], dim=1)
 
 
-def toy_batch(generator: torch.Generator, n_sequences: int = 64) -> Int[Tensor, "sequence pos"]:
+def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tensor, "sequence pos"]:
     """Training data: token 0, then a random segment again and again until the context is full.
 
     The segment's tokens are distinct; its length is drawn per sequence (8 to 23), so that no fixed
@@ -214,6 +215,7 @@ def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> Path:
     flat = losses.flatten(1)
     u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     points = u[:, :2] * s[:2]
+    points *= torch.where(points[-1] < points[0], -1, 1)  # a direction has no sign of its own
     along = points[-1] - points[0]
     length = along.norm().item()
     if length == 0:
