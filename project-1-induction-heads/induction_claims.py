@@ -16,7 +16,7 @@ EXPLORE = "TransformerLens, Exploratory Analysis Demo"
 CLAIMS: dict[str, Claim] = {
     "toy.phase_change": Claim(
         "Prefix matching and in-context learning of a two-layer attention-only model rise "
-        "together, in a narrow window of training",
+        "together, in a narrow window of training, from one plateau to another",
         f"{OLSSON}, arguments 1 and 3",
         published="over 75 % of the gain inside the window",
         published_model="models of 2 or more layers",
