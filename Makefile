@@ -21,7 +21,7 @@ help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
-notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.html to open
+notebooks: $(INSTALLED) ## run the notebooks into build/, to open (with SEED=1: induction on other prompts)
 	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
 
 test: lint ## run the linters and every test that is not long, the notebooks included

@@ -16,14 +16,30 @@ EXPLORE = "TransformerLens, Exploratory Analysis Demo"
 CLAIMS: dict[str, Claim] = {
     "toy.phase_change": Claim(
         "Prefix matching and in-context learning of a two-layer attention-only model rise "
-        "together, in a narrow window of training",
+        "together, in a narrow window of training, from one plateau to another",
         f"{OLSSON}, arguments 1 and 3",
         published="over 75 % of the gain inside the window",
         published_model="models of 2 or more layers",
         rule="Measured: share of the final in-context-learning score that forms in a quarter of "
-        "the training, around the sharpest drop. Holds when it and the same share of the best "
-        "prefix-matching score are above 0.75.",
-        holds=lambda icl_share, prefix_share: icl_share > 0.75 and prefix_share > 0.75,
+        "the training, around the sharpest rise of the best prefix-matching score. Holds when it "
+        "and the same share of that prefix-matching score are above 0.75, and the in-context-"
+        "learning score has a plateau on both sides: half a window before and after, its rate is "
+        "below a third of the rate inside.",
+        holds=lambda icl_share, prefix_share, before, after: (
+            min(icl_share, prefix_share) > 0.75 and max(before, after) < 1 / 3
+        ),
+    ),
+    "toy.path_turns": Claim(
+        "The path of a two-layer model through the losses of single tokens turns at the phase "
+        "change",
+        f"{OLSSON}, argument 1",
+        published="it turns",
+        published_model="models of 2 or more layers",
+        rule="Measured: distance of the path's corner from the straight line between its ends, as "
+        "a share of that line (two principal components; the corner is the snapshot farthest from "
+        "the line). Holds when it is above 0.25 and the corner lies in the window of the phase "
+        "change.",
+        holds=lambda bend, corner, opens, closes: bend > 0.25 and opens <= corner <= closes,
     ),
     "toy.one_layer_control": Claim(
         "One attention-only layer learns neither: no induction head, hardly any gain on a repeat",
@@ -112,13 +128,26 @@ CLAIMS: dict[str, Claim] = {
     ),
     "lm.copying": Claim(
         "Induction heads copy: their output raises the logits of the tokens they attend to",
-        f"{OLSSON}, appendix",
+        f"{OLSSON}, appendix (head activation evaluators)",
         published="0.20 to 0.89",
         published_model="40 layers, three example heads",
-        rule="Measured: mean copying score of the induction heads, -1 to 1. Holds when there are "
-        "induction heads and their mean is above zero and above that of all heads.",
+        rule="Measured: mean copying score of the induction heads' whole output, -1 to 1 on the "
+        "paper's scale. Holds when there are induction heads and their mean is above zero and "
+        "above that of all heads.",
         holds=lambda copying, all_heads, induction: every(
             bool(induction), above(copying, 0), above(copying, all_heads)
+        ),
+    ),
+    "lm.copying_in_total": Claim(
+        "On a repeat the induction heads raise the right token's logit, most of it through later "
+        "layers",
+        f"{OLSSON}, appendix (the direct part alone)",
+        rule="Measured: by how much mean ablation of the largest set lowers the right token's "
+        "logit (above the mean logit) on the second copy. Holds when it is above zero, above that "
+        "of as many random heads of the same layers, and above two times what the set writes to "
+        "that logit directly.",
+        holds=lambda total, over_control, over_twice_direct: every(
+            above(total, 0), above(over_control, 0), above(over_twice_direct, 0)
         ),
     ),
     "lm.previous_token_heads": Claim(
@@ -163,13 +192,38 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 3",
         published="almost all of it",
         published_model="small attention-only models",
-        rule="Measured: change of the in-context-learning score under zero ablation of the largest "
+        rule="Measured: change of the in-context-learning score under mean ablation of the largest "
         "set, in nats. Holds when it is above half of the score itself, and its difference from "
         "the random control's change is above zero.",
         holds=lambda change, icl, over_control: every(
             above(change, abs(icl.mean) / 2), above(over_control, 0)
         ),
         needs=("lm.icl_score",),
+    ),
+    "lm.icl_bigrams": Claim(
+        "On ordinary text the induction heads serve the tokens that repeat an earlier bigram, and "
+        "hardly the others",
+        f"{OLSSON}, argument 3; repeated bigrams as in Arora et al. 2023",
+        rule="Measured: rise of the loss on tokens that repeat an earlier bigram under mean "
+        "ablation of the largest set, in nats. Holds when it is above zero, above three times the "
+        "rise on the other tokens, and above the random control's rise on the same tokens.",
+        holds=lambda rise, over_thrice_others, over_control: every(
+            above(rise, 0), above(over_thrice_others, 0), above(over_control, 0)
+        ),
+    ),
+    "lm.pattern_matching": Claim(
+        "Some induction head matches by meaning too: at the end of a line it attends to the labels "
+        "of earlier lines of the same kind, though no word comes back",
+        f"{OLSSON}, argument 4",
+        published="about 0.65",
+        published_model="40 layers, one example head",
+        rule="Measured: of the attention that the best induction head (chosen on other prompts) "
+        "gives to the labels, the share on those of lines of the same kind; chance is a quarter. "
+        "Holds when there are induction heads, it is above 0.5, and labels get more than a tenth "
+        "of the head's attention.",
+        holds=lambda share, on_labels, induction: every(
+            bool(induction), above(share, 0.5), above(on_labels, 0.1)
+        ),
     ),
     "lm.zero_vs_mean": Claim(
         "Zero ablation overstates what a head does, compared with mean ablation",

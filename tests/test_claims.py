@@ -31,7 +31,13 @@ TWO, THREE = {Head(0, 0), Head(0, 1)}, {Head(0, 0), Head(0, 1), Head(1, 1)}
 
 # id: figures that hold, then (index, figure) with which in its place they just do not
 FIGURES = {
-    "toy.phase_change": [(0.76, 0.76), (0, 0.75), (1, 0.75)],
+    "toy.phase_change": [
+        (0.76, 0.76, 0.33, 0.33),
+        *((i, 0.75) for i in (0, 1)),
+        (2, 0.34),
+        (3, 0.34),
+    ],
+    "toy.path_turns": [(0.26, 20, 20, 30), (0, 0.25), (1, 19), (1, 31)],
     "toy.one_layer_control": [(0.19, 0.33), (0, 0.2), (1, 0.34)],
     "toy.smeared_key": [(0.51, 9, 10), (0, 0.5), (1, 10)],
     "toy.previous_token_layer0": [(0.51, LOW), (0, 0.5), (1, HIGH), (1, NONE)],
@@ -42,11 +48,14 @@ FIGURES = {
     "lm.induction_heads": [(0.4, THREE, 31), (0, 0.39), (1, NONE), (2, 30)],
     "lm.prefix_matching": [(0.41, THREE), (0, 0.4), (1, TWO), (1, NONE)],
     "lm.copying": [(E(0.21), E(-0.5), LOW), (0, E(-0.1)), (1, E(0.5)), (2, NONE)],
+    "lm.copying_in_total": [(E(0.21), E(0.21), E(0.21)), *((i, E(-0.1)) for i in range(3))],
     "lm.previous_token_heads": [(0.4, LOW, HIGH), (0, 0.39), (1, HIGH[:1]), (1, NONE), (2, NONE)],
     "lm.duplicate_token_heads": [(0.4,), (0, 0.39)],
     "lm.icl_score": [(E(-0.21),), (0, E(0.1))],
     "lm.ablation": [(E(0.71), E(0.04)), (0, E(0.4)), (1, E(0.3))],
     "lm.icl_ablation": [(E(0.71), E(-1.0), E(0.21)), (0, E(0.4)), (1, E(1.6)), (2, E(-0.2))],
+    "lm.icl_bigrams": [(E(0.21), E(0.21), E(0.21)), *((i, E(-0.1)) for i in range(3))],
+    "lm.pattern_matching": [(E(0.71), E(0.31), LOW), (0, E(0.4)), (1, E(0.09)), (2, NONE)],
     "lm.zero_vs_mean": [(E(0.21),), (0, E(-0.1))],
     "lm.patching_kqv": [(E(0.21, 0.05), E(0.21)), (0, E(0.1, 0)), (0, E(0.05)), (1, E(-0.2))],
     "lm.k_composition": [(0.2, 0.19, LOW, HIGH), (1, 0.2), (2, NONE), (3, NONE)],
@@ -93,7 +102,7 @@ FIGURES = {
 
 IN_WORDS = {  # as a rule's text may say a number of its code
     **{"0": "zero|layer 0|some", "1": r"\b1\b|third", "2": "two|twice|half", "3": "three|third"},
-    **{"10": "tenth", "0.25": "quarter", "0.5": "half|0.5"},
+    **{"10": "tenth", "0.1": "tenth|0.1", "0.25": "quarter|0.25", "0.5": "half|0.5"},
 }
 
 

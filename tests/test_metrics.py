@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ def test_per_token_loss_equals_hugging_face(model_pair):
     want = [[-log_probs[p, i, tokens[p, i + 1]].item() for i in range(12)] for p in range(3)]
     loss = metrics.per_token_loss(model, tokens)
     torch.testing.assert_close(loss, torch.tensor(want), atol=2e-4, rtol=0)
+
+
+def test_a_repeated_bigram_is_found_by_looking_back():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 4, (20, 15), generator=generator)
+    again = metrics.repeats_bigram(tokens)
+    assert again.shape == (20, 14)
+    for row, found in zip(tokens.tolist(), again.tolist(), strict=True):
+        pairs = list(pairwise(row))
+        assert found == [pair in pairs[:i] for i, pair in enumerate(pairs)]
+    assert 0.2 < again.float().mean() < 0.8
 
 
 def test_per_token_loss_is_the_same_in_small_batches(random_gpt2, monkeypatch):

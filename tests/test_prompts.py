@@ -1,13 +1,18 @@
 """Prompts: structure checked token by token with plain Python."""
 
 import pydoc_data.topics
+import sysconfig
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from utils.prompts import (
+    WORDS,
     check_tokens,
     induction_prompts,
+    kind_prompts,
     long_texts,
     ordinary_tokens,
     repeated_tokens,
@@ -79,16 +84,50 @@ def test_induction_prompts_flip_the_answer_by_the_stated_positions_alone(model, 
     assert torch.equal(corrupted["value"][:, at["D"]], clean[:, at["B"]])
 
 
-def test_long_texts_are_stretches_of_the_manual_each_used_once(smollm2):
+def test_long_texts_are_prose_of_topics_and_modules_by_turns(smollm2):
     tokens = long_texts(smollm2, n_texts=6, n_tokens=100)
     assert tokens.shape == (6, 100)
     assert tokens[:, 0].eq(start_token(smollm2)).all()
-    manual = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
-    rows = tokens[:, 1:].tolist()
-    for text in smollm2.tokenizer.batch_decode(rows):
-        for paragraph in text.split("\n\n"):  # the first and last word may be cut
-            assert " ".join(paragraph.split()[1:-1]) in manual
-    assert len({tuple(row[i : i + 20]) for row in rows for i in range(80)}) == 6 * 80
+    manual = [" ".join(text.split()) for text in pydoc_data.topics.topics.values()]
+    library = Path(sysconfig.get_paths()["stdlib"]).glob("*.py")
+    modules = [" ".join(path.read_text("utf-8", "replace").split()) for path in library]
+    used = set()
+    for i, text in enumerate(smollm2.tokenizer.batch_decode(tokens[:, 1:].tolist())):
+        sources = (manual, modules)[i % 2]
+        # the first and last word may be cut, and what a string literal escapes reads otherwise
+        parts = [" ".join(paragraph.split()[1:-1]) for paragraph in text.split("\n\n")]
+        parts = [part for part in parts if "\\" not in part]
+        found = [n for n, source in enumerate(sources) if all(part in source for part in parts)]
+        assert found and len(parts) > 0
+        used.add((i % 2, found[0]))
+    assert len(used) == 6  # each of another topic or module
+    other = long_texts(smollm2, n_texts=6, n_tokens=100, seed=1)
+    assert not torch.equal(tokens, other)
+    assert torch.equal(tokens, long_texts(smollm2, n_texts=6, n_tokens=100))
+    assert long_texts(smollm2, n_texts=28, n_tokens=512).shape == (28, 512)  # the notebook's
+
+
+def test_lines_of_a_kind_share_a_label_and_no_word(smollm2):
+    model, n_lines = smollm2, 12
+    task = kind_prompts(model, n_prompts=5, n_lines=n_lines, seed=3)
+    assert (task.tokens[:, 0] == start_token(model)).all()
+    for row, same, answer in zip(task.tokens, task.same_kind, task.answers, strict=True):
+        lines = model.tokenizer.decode(row[1:]).strip("\n").split("\n")
+        assert len(lines) == n_lines + 1
+        words = [line.split(":")[0].split() for line in lines]
+        assert len({word for line in words for word in line}) == 2 * len(lines)
+        kinds = [
+            2 * (first in WORDS[1].split()) + (second in WORDS[3].split())
+            for first, second in words
+        ]
+        labels = [line.split(": ")[1] for line in lines[:-1]]
+        assert labels == ["ABCD"[kind] for kind in kinds[:-1]] and lines[-1].endswith(":")
+        assert Counter(labels) == dict.fromkeys("ABCD", n_lines // 4)
+        assert same.tolist() == [kind == kinds[-1] for kind in kinds[:-1]]
+        shown = model.tokenizer.batch_decode(row[task.label_positions][:, None])
+        assert [label.strip() for label in shown] == labels
+        assert model.tokenizer.decode(answer).strip() == "ABCD"[kinds[-1]]
+    assert len(set(task.answers.tolist())) > 1 and task.labels.shape == (4,)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +140,9 @@ def test_long_texts_are_stretches_of_the_manual_each_used_once(smollm2):
         (induction_prompts, [0], "n_prompts must be at least 1, got 0"),
         (induction_prompts, [1, 6], "seq_len must be at least 7"),
         (induction_prompts, [1, 150], "exceed the context of 256"),
+        (kind_prompts, [0], "n_prompts must be at least 1, got 0"),
+        (kind_prompts, [1, 6], "n_lines must be a multiple of 4, got 6"),
+        (kind_prompts, [1, 24], "n_lines=24 needs more words than this tokenizer has"),
         (long_texts, [0, 50], "n_texts must be at least 1, got 0"),
         (long_texts, [1, 1], "n_tokens must be at least 2, got 1"),
         (long_texts, [1, 300], "texts of 300 tokens exceed the context of 256"),
@@ -118,6 +160,8 @@ def test_a_toy_has_few_tokens_and_no_tokenizer(toy2, monkeypatch):
         repeated_tokens(toy2, 1, 128)
     with pytest.raises(ValueError, match="needs a model with a tokenizer"):
         long_texts(toy2, 1, 20)
+    with pytest.raises(ValueError, match="needs a model with a tokenizer"):
+        kind_prompts(toy2, 1)
 
 
 @pytest.mark.parametrize(

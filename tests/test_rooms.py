@@ -17,17 +17,17 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in ROOT.glob("project-*/*.ipy
 # Lines at most. Raising a number is a decision: is what needs it worth a reader's time?
 LINES = {
     "utils/heads.py": 205,
-    "utils/metrics.py": 235,
+    "utils/metrics.py": 245,
     "utils/edits.py": 240,
     "utils/ablation.py": 135,
     "utils/patching.py": 110,
     "utils/paths.py": 180,
     "utils/circuit.py": 300,
     "utils/attribution.py": 220,
-    "utils/weights.py": 250,
+    "utils/weights.py": 285,
     "utils/selection.py": 210,
-    "utils/toy.py": 230,  # the analysis part ends here
-    "utils/prompts.py": 185,
+    "utils/toy.py": 290,  # the analysis part ends here
+    "utils/prompts.py": 275,
     "utils/ioi.py": 265,
     "utils/plotting.py": 305,
     "utils/diagram.py": 155,
@@ -46,14 +46,14 @@ LINES = {
     "utils/engine/direct.py": 75,
     "utils/engine/shortcuts.py": 60,
     "utils/engine/__init__.py": 10,
-    "utils/models/load.py": 130,
-    "utils/models/offline.py": 110,
+    "utils/models/load.py": 135,
+    "utils/models/offline.py": 120,
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 5540,
+    "utils/**/*.py": 5750,
     "project-1-induction-heads/*_exercises.py": 765,
-    "project-1-induction-heads/*_claims.py": 250,
+    "project-1-induction-heads/*_claims.py": 260,
     "project-2-Indirect-Object-Identification/*_exercises.py": 1095,
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 700,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
@@ -61,9 +61,9 @@ LINES = {
     "project-2-Indirect-Object-Identification/*_claims.py": 350,
     "tools/*.py": 1420,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 9250,
+    "tests/*.py": 9500,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2230
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2320
 
 
 def n_lines(*patterns):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from induction_claims import CLAIMS
 from utils import toy
 from utils.ablation import mean_run
 from utils.edits import heads_from, hooks, record
@@ -159,6 +160,7 @@ def test_snapshots_equal_loops_over_prompts(short_run):
     assert short_run.first_loss[-1] == pytest.approx(loss[:, :n].mean().item(), abs=1e-4)
     assert short_run.second_loss[-1] == pytest.approx(second.mean().item(), abs=1e-4)
     assert short_run.icl_score[-1] == pytest.approx((middle[1] - middle[0]).mean().item(), abs=1e-4)
+    assert_close(short_run.losses[-1], loss, **CLOSE)
     pattern = cache["pattern", 0].mean(0)  # all prompts repeat at the same positions
     for head in range(4):
         induction = sum(pattern[head, dest, dest - n + 1] for dest in range(n + 1, 2 * n + 1)) / n
@@ -186,6 +188,48 @@ def test_share_formed_of_known_curves():
     assert toy.share_formed(steps, ramp, centre=95, width=20) == pytest.approx(0.15)
     assert toy.share_formed(steps, step_at_50, centre=45, width=10) == pytest.approx(1.0)
     assert toy.share_formed(steps, step_at_50, centre=80, width=20) == pytest.approx(0.0)
+
+
+def test_plateaus_of_known_curves():
+    steps = torch.arange(0, 101, 5)
+    ramp, step_at_50 = 3.0 - 0.02 * steps, (steps >= 50).float()
+    assert toy.plateaus(steps, ramp, 50, 20) == pytest.approx((1, 1))
+    assert toy.plateaus(steps, step_at_50, 50, 20) == pytest.approx((0, 0))
+    two_slopes = torch.where(steps < 50, 0.01 * steps, 0.5 + 0.02 * (steps - 50))
+    assert toy.plateaus(steps, two_slopes, 50, 20) == pytest.approx((2 / 3, 4 / 3))
+    before, after = toy.plateaus(steps, ramp, 12, 20)  # two steps before the window are too few
+    assert math.isnan(before) and after == pytest.approx(1)
+    assert math.isnan(toy.plateaus(steps, ramp, 95, 20)[1])
+
+
+@pytest.mark.parametrize("tau", [5, 20, 50, 100, 300])
+@pytest.mark.parametrize("noise", [0, 0.003])
+def test_a_smooth_exponential_is_no_phase_change(tau, noise):
+    """Nor one with some noise: whatever its rate, there is no plateau before the steepest part."""
+    steps, generator = torch.arange(0, 501, 10), torch.Generator().manual_seed(0)
+    smooth = 1 - torch.exp(-steps / tau) + noise * torch.randn(51, generator=generator)
+    centre, width = toy.sharpest_drop(steps, -smooth, window=3), 125
+    share = toy.share_formed(steps, smooth, centre, width)
+    rates = toy.plateaus(steps, -smooth, centre, width)
+    rule = CLAIMS["toy.phase_change"].holds
+    assert math.isnan(rates[0]) or not rule(share, share, *rates)
+    assert tau != 20 or share > 0.75  # the share alone would have passed
+    late = torch.sigmoid((steps - 250) / 12)  # what a phase change looks like
+    assert rule(0.9, 0.9, *toy.plateaus(steps, late, 250, width))
+
+
+def test_the_path_of_a_turn_and_of_a_straight_line():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.linalg.qr(torch.randn(12, 2, generator=generator)).Q.T
+    way = torch.arange(11.0)[:, None]
+    turn = way.clamp(max=4) * first + (way - 4).clamp(min=0) * second  # at snapshot 4
+    path = toy.path_of(turn.unflatten(1, (3, 4)))
+    assert path.points.shape == (11, 2) and path.corner == 4
+    assert path.explained.sum() == pytest.approx(1, abs=1e-5)
+    # distance of the right angle's corner from the hypotenuse, over the hypotenuse
+    assert path.bend == pytest.approx(4 * 6 / (4**2 + 6**2), abs=1e-4)
+    assert toy.path_of(way * first).bend == pytest.approx(0, abs=1e-4)
+    assert (path.points[-1] > path.points[0]).all()
 
 
 @pytest.mark.parametrize("site", ["q", "k", "v"])
@@ -252,6 +296,9 @@ STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
         (lambda: toy.share_formed(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
         (lambda: toy.share_formed(STEPS, LOSS, 10, 0), "width must be positive"),
         (lambda: toy.share_formed(STEPS, torch.ones(3), 10, 5), "end where they began"),
+        (lambda: toy.plateaus(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
+        (lambda: toy.path_of(torch.ones(2, 3)), "three snapshots or more, got 2"),
+        (lambda: toy.path_of(torch.ones(3, 3)), "end where they began"),
     ],
 )
 def test_bad_input_is_named(call, message):

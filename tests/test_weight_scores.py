@@ -12,10 +12,12 @@ from utils.toy import build_toy
 from utils.weights import (
     composition_baseline,
     composition_scores,
+    copying_of_output,
     copying_score,
     eigenvalue_copying_score,
     name_copying_in_place,
     name_copying_score,
+    on_paper_scale,
     own_logit_largest,
 )
 
@@ -73,6 +75,42 @@ def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
     assert copying_score(toy, tokens)[0, 1, 0] > 0.95
     toy.unembed.W_U.neg_()
     assert copying_score(toy, tokens)[0, 1, 0] < -0.95
+
+
+def test_copying_of_output_equals_a_loop_over_positions(model):
+    tokens = repeated_tokens(model, 2, 6, n_repeats=1)[:, 1:]
+    scores = copying_of_output(model, tokens)
+    _, cache = model.run_with_cache(tokens)
+    for prompt, layer, head in [(0, 0, 0), (1, 1, model.cfg.n_heads - 1), (0, 1, 2)]:
+        own = total = 0.0
+        for dest in range(6):
+            logits = cache["z", layer][prompt, dest, head] @ model.W_O[layer, head] @ model.W_U
+            raised = (logits - logits.mean()).relu()[tokens[prompt]]
+            own += (cache["pattern", layer][prompt, head, dest] * raised).sum()
+            total += raised.sum()
+        want = (4 * own / (own + total) - 1).item()
+        assert scores[prompt, layer, head].item() == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_planted_heads_score_one_chance_and_minus_one_on_the_papers_scale(start):
+    """Three heads that attend to their own token: one copies, one raises all alike, one lowers."""
+    toy, n = build_toy(2), 8
+    tokens = repeated_tokens(toy, 1, n, n_repeats=1)[:, 1 - start :]  # with the start token, or not
+    attention = toy.blocks[1].attn
+    for head in range(3):  # a query fits the key of its own token best
+        attention.W_K[head] *= 40
+        attention.W_Q[head] = attention.W_K[head]
+    values = toy.run_with_cache(tokens)[1]["z", 1][0, start:]  # [pos head d_head]
+    raises = toy.W_U.T[tokens[0, start:]] - toy.W_U.mean(1)
+    alone = torch.linalg.pinv(raises).T  # row t raises token t and no other one
+    for head, written in enumerate([alone, alone.sum(0).expand(n, -1), -alone]):
+        attention.W_O[head] = torch.linalg.pinv(values[:, head]) @ written
+    if start:
+        scores = on_paper_scale((copying_score(toy, tokens) + 1) / 2)
+    else:
+        scores = copying_of_output(toy, tokens)
+    assert scores[0, 1, :3].tolist() == pytest.approx([1, 4 / (n + 1) - 1, -1], abs=0.05)
 
 
 def test_eigenvalue_score_equals_the_full_matrix(model):
@@ -207,6 +245,8 @@ ONE = torch.ones(2, 3).long()
     [
         (lambda m: copying_score(m, repeated_tokens(m, 2, 5)), "must not repeat"),
         (lambda m: copying_score(m, torch.tensor([[1, 2]])), "must be at least 3, got 2"),
+        (lambda m: copying_of_output(m, repeated_tokens(m, 2, 5)), "must not repeat"),
+        (lambda m: copying_of_output(m, torch.tensor([[1]])), "must be at least 2, got 1"),
         (lambda m: copying_score(m, ONE.float()), "tokens must be Int"),
         (lambda m: eigenvalue_copying_score(m, []), "heads is empty"),
         (lambda m: eigenvalue_copying_score(m, [(0, 9)]), "no head L0H9"),

@@ -173,6 +173,18 @@ def icl_score(
 
 
 @checked
+def repeats_bigram(tokens: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos-1"]:
+    """True for tokens that come after the same token as once before in the prompt.
+
+    Column i is about token i + 1, as in a loss: the pair of tokens i and i + 1 stood there earlier.
+    What an induction head can predict (Olsson et al. 2022; "AR hits" in Arora et al. 2023).
+    """
+    same = tokens[:, :, None] == tokens[:, None, :]
+    pair = same[:, :-1, :-1] & same[:, 1:, 1:]  # [prompt, i, earlier]
+    return pair.tril(-1).any(-1)
+
+
+@checked
 def logit_diff(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:

@@ -1,14 +1,28 @@
-"""Prompts: repeated random tokens, induction prompts with corrupted partners, English text."""
+"""Prompts: repeated random tokens, induction prompts, kinds of words, English text."""
 
-from collections.abc import Iterator
+import ast
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.typed import checked
+
+WORDS = (  # two that a line may begin with, two for its second word
+    "January February March April May June July August September October November December",
+    "red blue green yellow black white purple pink brown gray silver violet amber",
+    "cat dog horse cow pig sheep bird fish lion tiger bear wolf mouse rabbit monkey frog snake",
+    "apple banana lemon grape cherry peach mango pear plum berry olive coconut tomato fig lime",
+)
 
 
 class InductionPrompts(NamedTuple):
@@ -92,29 +106,92 @@ def induction_prompts(
     return InductionPrompts(clean, corrupted, clean[:, [b, d]], positions)
 
 
-def long_texts(model: TransformerBridge, n_texts: int, n_tokens: int) -> Int[Tensor, "text pos"]:
-    """English prose: start token, then `n_tokens - 1` tokens of the Python reference manual.
+def long_texts(
+    model: TransformerBridge, n_texts: int, n_tokens: int, seed: int = 0
+) -> Int[Tensor, "text pos"]:
+    """English prose, each text of another topic: start token, then `n_tokens - 1` tokens.
 
-    The text is what CPython carries for `help()` (`pydoc_data.topics`): paragraphs of prose only,
-    each used once, in a fixed order, cut into stretches that do not overlap or cross topics. It
-    differs a little between Python versions, and figures measured on it do too. Raises ValueError
-    when the model has no tokenizer, the context is too short, or there is too little text.
+    By turns, from what every Python carries: a topic of the reference manual (what `help()` shows,
+    `pydoc_data.topics`) and the docstrings of a module of the standard library; paragraphs of
+    prose only. `seed` decides which, and in which order. Both differ a little between Python
+    versions, and figures measured on them do too. Raises ValueError when the model has no
+    tokenizer, the context is too short, or there are too few texts.
     """
     check_count("n_texts", n_texts)
     check_count("n_tokens", n_tokens, least=2)
     _check_length(model, n_tokens, "texts")
     if model.tokenizer is None:
         raise ValueError("long_texts needs a model with a tokenizer, got one without")
-    stretches: list[list[int]] = []
-    for topic in _prose_topics():
-        ids = model.tokenizer(topic, add_special_tokens=False, verbose=False)["input_ids"]
-        starts = range(0, len(ids) - n_tokens + 2, n_tokens - 1)
-        stretches += [ids[start : start + n_tokens - 1] for start in starts]
-        if len(stretches) >= n_texts:
-            return _with_start(model, torch.tensor(stretches[:n_texts]))
-    raise ValueError(
-        f"only {len(stretches)} texts of {n_tokens} tokens exist, got n_texts={n_texts}"
-    )
+
+    def stretches(texts: Mapping[str, Callable[[], str]]) -> Iterator[list[int]]:
+        for name in sorted(texts, key=lambda name: zlib.crc32(f"{seed} {name}".encode())):
+            prose = _prose(texts[name]())
+            ids = model.tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= n_tokens - 1:
+                yield ids[: n_tokens - 1]
+
+    by_turns = zip_longest(*map(stretches, (_manual_topics(), _module_docs())))
+    found = list(islice((ids for pair in by_turns for ids in pair if ids), n_texts))
+    if len(found) < n_texts:
+        raise ValueError(
+            f"only {len(found)} texts of {n_tokens} tokens exist, got n_texts={n_texts}"
+        )
+    return _with_start(model, torch.tensor(found))
+
+
+class KindPrompts(NamedTuple):
+    """Lines of two words and a label that says which kind they are; see `kind_prompts`."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    same_kind: Bool[Tensor, "prompt line"]
+    label_positions: list[int]
+    answers: Int[Tensor, "prompt"]
+    labels: Int[Tensor, "label"]
+
+
+def kind_prompts(
+    model: TransformerBridge, n_prompts: int, n_lines: int = 16, seed: int = 0
+) -> KindPrompts:
+    """A task in which nothing but the kind of a word helps (after Olsson et al. 2022, argument 4).
+
+    Each line is a month or a colour, an animal or a fruit, and a label (A to D) for which of the
+    four kinds of line it is; of the last line the label is missing. No word comes twice, there are
+    as many lines of each kind, and all prompts have one layout: words take as many tokens as most
+    of the list do. `same_kind` marks the lines of the last one's kind, `answers` are its labels.
+    Raises ValueError unless `n_lines` is a multiple of four, when a tokenizer is missing or has
+    too few such words, or prompts are too long.
+    """
+    check_count("n_prompts", n_prompts)
+    if n_lines < 4 or n_lines % 4:
+        raise ValueError(f"n_lines must be a multiple of 4, got {n_lines}")
+    if model.tokenizer is None:
+        raise ValueError("kind_prompts needs a model with a tokenizer, got one without")
+
+    def ids_of(word: str) -> list[int]:
+        return model.tokenizer(word, add_special_tokens=False)["input_ids"]
+
+    ids = [[ids_of(f" {word}") for word in words.split()] for words in WORDS]
+    width = Counter(len(i) for words in ids for i in words).most_common(1)[0][0]
+    pools = [torch.tensor([i for i in words if len(i) == width]) for words in ids]
+    if min(map(len, pools)) <= n_lines // 2:
+        raise ValueError(f"n_lines={n_lines} needs more words than this tokenizer has in one size")
+    newline, colon, *labels = (ids_of(text)[-1] for text in ("\n", ":", " A", " B", " C", " D"))
+    generator, rows, kinds = torch.Generator().manual_seed(seed), [], []
+    for _ in range(n_prompts):
+        kind = torch.randperm(n_lines, generator=generator) % 4
+        kind = torch.cat([kind, torch.randint(4, (1,), generator=generator)])
+        drawn = [iter(pool[torch.randperm(len(pool), generator=generator)]) for pool in pools]
+        row = []
+        for k in kind.tolist():
+            first, second = next(drawn[k // 2]), next(drawn[2 + k % 2])
+            row += [newline, *first.tolist(), *second.tolist(), colon, labels[k]]
+        rows.append(row[:-1])
+        kinds.append(kind)
+    tokens, kind, labels = torch.tensor(rows), torch.stack(kinds), torch.tensor(labels)
+    _check_length(model, tokens.shape[1] + 1, "prompts")
+    places = [(line + 1) * (2 * width + 3) for line in range(n_lines)]
+    same = kind[:, :-1] == kind[:, -1:]
+    return KindPrompts(_with_start(model, tokens), same, places, labels[kind[:, -1]], labels)
 
 
 @checked
@@ -155,16 +232,28 @@ def check_count(name: str, count: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
-def _prose_topics() -> Iterator[str]:
-    """The manual's topics, longest first, reduced to paragraphs of prose not seen before."""
+def _manual_topics() -> dict[str, Callable[[], str]]:
     from pydoc_data.topics import topics
 
-    seen: set[str] = set()
-    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        paragraphs = [" ".join(block.split()) for block in text.split("\n\n")]
-        kept = [p for p in paragraphs if p not in seen and _is_prose(p)]
-        seen.update(kept)
-        yield "\n\n".join(kept)
+    return {name: partial(str, text) for name, text in topics.items()}
+
+
+def _module_docs() -> dict[str, Callable[[], str]]:
+    """The docstrings of each module of the standard library, read from its source."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return {path.stem: partial(_docstrings, path) for path in folder.glob("*.py")}
+
+
+def _docstrings(path: Path) -> str:
+    nodes = ast.walk(ast.parse(path.read_bytes()))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return "\n\n".join(ast.get_docstring(n) or "" for n in nodes if isinstance(n, kinds))
+
+
+def _prose(text: str) -> str:
+    """Its paragraphs of prose, each once."""
+    paragraphs = [" ".join(block.split()) for block in text.split("\n\n")]
+    return "\n\n".join(filter(_is_prose, dict.fromkeys(paragraphs)))
 
 
 def _is_prose(paragraph: str) -> bool:

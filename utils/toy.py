@@ -5,6 +5,7 @@ run.steps, run.second_loss, run.prefix_matching      # one entry per snapshot
 sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss falls fastest
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ VOCAB = 64  # token 0 starts every sequence and occurs nowhere else
 LONGEST = 23  # tokens in the longest segment, so that two copies fit
 SHORTEST = 8
 CONTEXT = 1 + 2 * LONGEST
+BATCH = 64  # sequences a step
 SNAPSHOT = 10  # steps from one measurement to the next
 EARLY, LATE, AROUND = 12, 12 + LONGEST, 5  # in-context-learning score: middle of either copy
 HELD_OUT, HELD_OUT_SEED = 64, 1_000_003
@@ -35,9 +37,10 @@ class ToyRun(NamedTuple):
     """A trained toy (compatibility mode) and what was measured on its way, one row a snapshot.
 
     Losses and the in-context-learning score are in nats, means over the held-out `tokens`, which
-    are two copies of `LONGEST` tokens. The in-context-learning score is the loss around the middle
-    of the second copy minus that around the middle of the first (each over 11 positions); the
-    previous-token score is over the first copy, the one that is looked up later.
+    are two copies of `LONGEST` tokens; only `losses` has each token's (column i: token i + 1). The
+    in-context-learning score is the loss around the middle of the second copy minus that around
+    the middle of the first (each over 11 positions); the previous-token score is over the first
+    copy, the one that is looked up later.
     """
 
     model: TransformerBridge
@@ -46,6 +49,7 @@ class ToyRun(NamedTuple):
     first_loss: Float[Tensor, "snapshot"]
     second_loss: Float[Tensor, "snapshot"]
     icl_score: Float[Tensor, "snapshot"]
+    losses: Float[Tensor, "snapshot prompt column"]
     prefix_matching: Float[Tensor, "snapshot layer head"]
     previous_token: Float[Tensor, "snapshot layer head"]
 
@@ -86,7 +90,7 @@ def smear(
     return torch.cat([k[:, :1], share * k[:, 1:] + (1 - share) * k[:, :-1]], dim=1)
 
 
-def toy_batch(generator: torch.Generator, n_sequences: int = 64) -> Int[Tensor, "sequence pos"]:
+def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tensor, "sequence pos"]:
     """Training data: token 0, then a random segment again and again until the context is full.
 
     The segment's tokens are distinct; its length is drawn per sequence (8 to 23), so that no fixed
@@ -164,6 +168,64 @@ def share_formed(
     return float(after - before) / (values[-1] - values[0]).item()
 
 
+@checked
+def plateaus(
+    steps: Int[Tensor, "snapshot"], values: Float[Tensor, "snapshot"], centre: float, width: float
+) -> tuple[float, float]:
+    """Rate of change just before and just after a window, as shares of the mean rate inside.
+
+    Over half a window on either side, or what the training has of it; nan where it has less than a
+    quarter. A change at one rate all along gives 1 and 1, a step inside 0 and 0. Raises as
+    `share_formed`.
+    """
+    first, last = steps[0].item(), steps[-1].item()
+    inside = share_formed(steps, values, centre, width) / width
+    rates = []
+    for opens in (centre - width, centre + width / 2):
+        left, right = max(first, opens), min(last, opens + width / 2)
+        if right - left < width / 4:
+            rates.append(math.nan)
+            continue
+        formed = share_formed(steps, values, (left + right) / 2, right - left)
+        rates.append(abs(formed / (right - left) / inside))
+    return rates[0], rates[1]
+
+
+class Path(NamedTuple):
+    """Training as a path in the plane of the first two principal components.
+
+    `explained`: share of the variance along each. The corner is the snapshot farthest from the
+    straight line between first and last, at `bend` times that line's length.
+    """
+
+    points: Float[Tensor, "snapshot 2"]
+    explained: Float[Tensor, "2"]
+    corner: int
+    bend: float
+
+
+@checked
+def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> Path:
+    """The path of the per-token losses over training (Olsson et al. 2022, argument 1).
+
+    Raises ValueError for fewer than three snapshots, or a path that ends where it began.
+    """
+    if len(losses) < 3:
+        raise ValueError(f"losses: want three snapshots or more, got {len(losses)}")
+    flat = losses.flatten(1)
+    u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    points = u[:, :2] * s[:2]
+    points *= torch.where(points[-1] < points[0], -1, 1)  # a direction has no sign of its own
+    along = points[-1] - points[0]
+    length = along.norm().item()
+    if length == 0:
+        raise ValueError("losses end where they began: there is no path")
+    across = torch.stack([-along[1], along[0]]) / length
+    away = ((points - points[0]) @ across).abs()  # [snapshot]
+    corner = int(away.argmax())
+    return Path(points, s[:2] ** 2 / (s**2).sum(), corner, away[corner].item() / length)
+
+
 @torch.no_grad()
 @checked
 def previous_token_match(
@@ -187,12 +249,13 @@ def previous_token_match(
 
 @torch.no_grad()
 def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> list[Tensor]:
-    """Both copies' losses, in-context-learning score, prefix-matching, previous-token scores."""
+    """What `ToyRun` has of a snapshot, from `first_loss` on."""
     loss = per_token_loss(model, tokens)
     icl = icl_score(loss, early=EARLY, late=LATE, window=AROUND)
     prefix = score_heads(model, tokens, prefix_matching_score)
     previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
-    return [values.mean(0) for values in (*half_losses(loss, LONGEST), icl, prefix, previous)]
+    first, second = half_losses(loss, LONGEST)
+    return [first.mean(), second.mean(), icl.mean(), loss, prefix.mean(0), previous.mean(0)]
 
 
 def tiny_model(n_layers: int = 4, seed: int = 0, grouped: bool = False) -> TransformerBridge:

@@ -1,6 +1,6 @@
 """Copying and composition: what heads' weights do to tokens, and to one another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -41,31 +41,54 @@ def qk_weights(
 
 @torch.no_grad()
 @checked
+def copying_of_output(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt layer head"]:
+    """Olsson's copying score: do heads raise the tokens they attend to, from -1 to 1?
+
+    At every position a head's whole output goes through the unembedding; minus the mean logit, and
+    only what is positive, it is a "raise". `on_paper_scale` of the share of all tokens' raise that
+    falls on those attended to, weighted by attention (Olsson et al. 2022, appendix, "head
+    activation evaluators": 25 random tokens, neither the most nor the least common, no start
+    token). Raises ValueError if a prompt repeats a token.
+    """
+    scores = []
+    for batch, raises in _with_directions(model, tokens, 0):
+        cache, shares = cache_heads(model, batch, ["pattern", "z"]), []
+        for layer, block in enumerate(model.blocks):
+            written = einsum(cache["z", layer], block.attn.W_O, "p dest h d, h d m -> p h dest m")
+            raised = einsum(written, raises, "p h dest m, p token m -> p h dest token").relu()
+            own = (cache["pattern", layer] * raised).sum((-2, -1))
+            shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
+        scores.append(on_paper_scale(torch.stack(shares, dim=1)))
+    return torch.cat(scores)
+
+
+def on_paper_scale(share: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """A share from 0 to 1 on the scale of Olsson et al.: a ratio from 0 to 0.5, stretched to -1..1.
+
+    We read the ratio as own / (own + all) = share / (1 + share). Raising n tokens alike, a share
+    of 1 / n, is 4 / (n + 1) - 1, for 25 tokens -0.85; zero is a share of a third.
+    """
+    return 4 * share / (1 + share) - 1
+
+
+@torch.no_grad()
+@checked
 def copying_score(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt layer head"]:
-    """Olsson's copying score on random tokens that do not repeat: -1 never copies, 1 always.
+    """Copying by source token: 2 * share - 1 of what each source's value alone would raise.
 
-    The output of a head is a sum over the tokens it attends to. Each term (value times W_O) goes
-    through the unembedding; minus the mean logit, and only what is positive, it is a "raise". The
-    share of the raise of all tokens in the prompt that falls on the attended token itself, summed
-    over attended tokens with their attention as weight, runs from 0 to 1 and is rescaled to
-    2 * share - 1. The start token is left out; a head that spreads its raise evenly scores close
-    to -1. After Olsson et al. 2022, appendix (25 tokens, neither the most nor the least common);
-    the split by attended token is ours, since the head may spread its attention. Raises
+    The output of a head is a sum over the tokens it attends to. Each term (value times W_O) has its
+    raises as in `copying_of_output`; of all of them the share is taken that falls on the attended
+    token itself, with the attention summed over destinations as weight. So a head may spread its
+    attention, and the start token, where heads park it, can be left out. The split is ours. Raises
     ValueError if a prompt repeats a token.
     """
-    batches = token_batches(model, tokens)
-    check_count("positions of tokens", tokens.shape[1], least=3)  # the start token and two more
-    if any(len(row.unique()) < len(row) for row in tokens):
-        raise ValueError("tokens must not repeat within a prompt")
-    mean_logit = model.W_U.mean(1)
     scores = []
-    for batch in batches:
-        # directions in the residual stream that raise each token of the prompt above the mean
-        raises = model.W_U.T[batch[:, 1:]] - mean_logit
-        cache = cache_heads(model, batch, ["pattern", "v"])
-        shares = []
+    for batch, raises in _with_directions(model, tokens, 1):
+        cache, shares = cache_heads(model, batch, ["pattern", "v"]), []
         for layer, block in enumerate(model.blocks):
             v = _value_by_head(model, cache["v", layer])[:, 1:]
             written = einsum(v, block.attn.W_O, "p src h d, h d model -> p h src model")
@@ -219,6 +242,19 @@ def composition_baseline(
     w_v, w_o, w_q, w_k = weights.unbind(1)
     writes, reads = FactoredMatrix(w_v, w_o.mT), FactoredMatrix(w_q, w_k.mT)
     return frobenius_scores(writes, reads, broadcast_dims=False)
+
+
+def _with_directions(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], first: int
+) -> Iterator[tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch token d_model"]]]:
+    """Batches, with the directions that raise each token from `first` on above the mean logit."""
+    batches = token_batches(model, tokens)
+    check_count("positions of tokens", tokens.shape[1], least=2 + first)
+    if any(len(row.unique()) < len(row) for row in tokens):
+        raise ValueError("tokens must not repeat within a prompt")
+    mean_logit = model.W_U.mean(1)
+    for batch in batches:
+        yield batch, model.W_U.T[batch[:, first:]] - mean_logit
 
 
 def _value_by_head(

