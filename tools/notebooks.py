@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         from tools import notebook_outputs  # imports torch, which takes seconds: `run` need not
 
         if options.command == "outputs":
+            from tools import drawings
+
+            drawings.write_drawings()
             notebook_outputs.refresh(paths)
         notebook_outputs.write_readmes()
     except (CellExecutionError, DeadKernelError, ValueError) as error:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results import FAILS, HOLDS, UNDECIDED, cells, read_json, verdict
+from utils.results import FAILS, HOLDS, UNDECIDED, cells, read_json, role_in_words, verdict
 
 
 def compare(fresh: dict, committed: dict) -> list[str]:
@@ -90,7 +90,7 @@ def markdown_table(ledger: dict | Path) -> str:
     if data["heads"]:
         lines += ["", "| role | heads |", "| --- | --- |"]
         for role, heads in data["heads"].items():
-            lines.append(f"| {role.replace('_', ' ')} | {', '.join(heads) or 'none'} |")
+            lines.append(f"| {role_in_words(role)} | {', '.join(heads) or 'none'} |")
     return "\n".join(lines) + "\n"
 
 

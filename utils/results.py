@@ -67,6 +67,11 @@ def verdict(claim: dict) -> str:
     return claim["verdict"] + (f" (in {seeds} seeds)" if seeds else "")
 
 
+def role_in_words(role: str) -> str:
+    """A role as people write it: "previous_token" is previous token."""
+    return "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
+
+
 def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:
     """The ledger `full` with its toy claims averaged over its own seed and those in `seeds`.
 
