@@ -206,9 +206,8 @@ def _spot(path: Path, others: list[Path], taken: Path) -> tuple[float, float]:
     """
     spots = [spot for a, b in _stretches(path) for spot in _along(a, b, (0.45, 0.7, 0.22))]
     apart = [s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken)]
-    passing = [
-        p for o in others for a, b in _stretches(o) for p in _along(a, b, np.arange(41) / 40)
-    ]
+    steps = [i / 40 for i in range(41)]
+    passing = [p for other in others for a, b in _stretches(other) for p in _along(a, b, steps)]
     clear = [s for s in apart if all(abs(s[0] - x) > 36 or abs(s[1] - y) > 9 for x, y in passing)]
     return (clear or apart or spots)[0]
 
