@@ -9,7 +9,14 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools import notebook_exercises, notebook_outputs, notebook_run, notebooks
+from tools import (
+    drawings,
+    moving_picture,
+    notebook_exercises,
+    notebook_outputs,
+    notebook_run,
+    notebooks,
+)
 from tools.results import markdown_table
 from utils.exercises import Exercises
 from utils.results import ROOT, read_json, write_json
@@ -48,6 +55,8 @@ def project(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(notebook_run, "BUILD", tmp_path / "build")
     monkeypatch.setattr(notebook_outputs, "OTHER_SEEDS", (1, 2))
+    monkeypatch.setattr(drawings, "write_drawings", list)  # not those of this repository
+    monkeypatch.setattr(moving_picture, "write_moving_pictures", list)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "project-1-toy"
     folder.mkdir()
