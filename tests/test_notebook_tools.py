@@ -142,7 +142,10 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert (project / "figures" / "effect.png").read_bytes() == b"a picture"
     assert markdown_table(ledger) in (text := readme.read_text())
     assert "stale" not in text and text.endswith("end\n")
-    summary = ("1 of 2 claims hold for `tiny`", "- It falls. Here", "undecided:\n\n- It copies. H")
+    summary = (
+        "**1 of 2 claims hold, 1 is undecided** for `tiny`.\n\nUndecided:\n\n- It copies.\n",
+        "| ✓ | It falls | – | 0.250 ± 0.010 (n = 8) | not yet run |",
+    )
     assert all(line in top.read_text() for line in summary)
 
     _, part_a, part_b = outputs_of(path)

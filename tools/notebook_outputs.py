@@ -2,7 +2,7 @@
 
 A project's README shows its tables between `<!-- results:start -->` and `<!-- results:end -->`;
 the top one shows, between `<!-- summary:start <project> <claim> ... -->` and
-`<!-- summary:end -->`, how many claims hold, the named ones, and all that do not.
+`<!-- summary:end -->`, how many claims hold, those that do not, and a table of the named ones.
 A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`.
 """
 
@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 
 from tools.notebook_exercises import mark_checks
 from tools.notebook_run import execute
-from tools.results import markdown_table, summary
+from tools.results import PAPERS, markdown_table, summary
 from utils.results import ROOT, merge_seeds, read_json, write_file, write_json
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
@@ -144,8 +144,13 @@ def with_tables(readme: Path) -> str:
         files = sorted(p for p in (ROOT / folder).glob("results/*.json") if p.name != SEEDS_FILE)
         if not files:
             raise ValueError(f"{readme}: no results in {folder}")
-        ledgers = map(read_json, files)
-        texts = [summary(x, claims) if kind == "summary" else markdown_table(x) for x in ledgers]
+        ledgers = {path.stem: read_json(path) for path in files}
+        if kind == "summary":
+            papers = ledgers.get(PAPERS)
+            ours = [x for x in ledgers.values() if x is not papers] or [papers]
+            texts = [summary(ledger, claims, papers) for ledger in ours]
+        else:
+            texts = [markdown_table(ledger) for ledger in ledgers.values()]
         return start + "\n" + "\n".join(texts) + "\n" + end
 
     return MARKED.sub(replace, readme.read_text(encoding="utf-8"))
