@@ -12,12 +12,18 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
+# JupyterLab is installed when it is first asked for.
+LAB := $(VENV)/lab-$(shell cat requirements-lab.txt constraints.txt | cksum | cut -d ' ' -f 1)
+
 .DEFAULT_GOAL := help
-.PHONY: help notebooks test test-nightly lint benchmark outputs gone
+.PHONY: help lab notebooks test test-nightly lint benchmark outputs gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+
+lab: $(LAB) ## do the exercises in JupyterLab: copies in my/, which are yours (ARGS=--no-browser)
+	$(VENV_PYTHON) -m tools.lab $(ARGS)
 
 notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.html to open
 	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
@@ -37,6 +43,11 @@ benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a s
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed
 	$(VENV_PYTHON) -m tools.notebooks outputs $(ARGS)
+
+$(LAB): $(INSTALLED)
+	@echo "== Installing JupyterLab into $(VENV) (a minute, once) =="
+	$(VENV_PYTHON) -m pip install -c constraints.txt -r requirements-lab.txt
+	@touch "$@"
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL)"

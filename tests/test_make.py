@@ -43,7 +43,7 @@ class Copy:
         self.folder, self.tools = folder / "a copy of it", folder / "tools"
         self.folder.mkdir()
         self.tools.mkdir()
-        for name in COPIED:
+        for name in [*COPIED, "requirements-lab.txt"]:
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "tools").mkdir()
         shutil.copy(ROOT / SCRIPT, self.folder / SCRIPT)
@@ -109,6 +109,21 @@ def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
     assert time.monotonic() - start < 2
     assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
+
+
+def test_lab_installs_jupyterlab_into_the_same_environment_when_first_asked_for(copy):
+    lab = ["pip install -c constraints.txt -r requirements-lab.txt", "tools.lab"]
+    assert copy.make("lint").returncode == 0
+    copy.calls()
+    assert copy.make("lab", STAND_IN_PIP_FAILS="1").returncode != 0
+    assert copy.calls() == lab[:1]
+    assert copy.make("lab").returncode == 0
+    assert copy.calls() == lab
+    assert copy.make("lab", "ARGS=--no-browser").returncode == 0
+    assert copy.calls() == ["tools.lab --no-browser"]
+    (copy.folder / ".venv/bin/python").unlink()  # a new environment has no JupyterLab
+    assert copy.make("lab").returncode == 0
+    assert copy.calls() == [*SET_UP, *lab]
 
 
 def test_a_failed_install_is_started_afresh(copy):
@@ -223,7 +238,8 @@ def test_constraints_pin_every_requirement():
         found = [re.match(r"[A-Za-z][\w.-]*", line) for line in lines]
         return {match[0].lower().replace("_", "-") for match in found if match}
 
-    asked = names("requirements.txt") | names("requirements-dev.txt")
+    files = ("requirements.txt", "requirements-dev.txt", "requirements-lab.txt")
+    asked = set().union(*map(names, files))
     assert asked <= names("constraints.txt")
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert {"torch==2.13.0", "transformer-lens==4.3.0"} <= set(pins)
