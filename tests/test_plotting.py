@@ -1,6 +1,9 @@
 """Figures carry the data, labels and colours they were given; bad shapes are refused."""
 
+import importlib
+
 import numpy as np
+import plotly.io as pio
 import pytest
 import torch
 
@@ -170,3 +173,23 @@ REFUSED = [
 def test_bad_input_is_named(function, given, options, message):
     with pytest.raises(ValueError, match=message):
         function(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked", "renderer"),
+    [
+        ("plotly_mimetype", None, "plotly_mimetype+notebook"),  # JupyterLab
+        ("plotly_mimetype", "plotly_mimetype", "plotly_mimetype"),
+        ("vscode", None, "vscode"),
+        ("colab", None, "colab"),
+    ],
+)
+def test_figures_carry_their_script_where_plotly_chose_the_bare_form(
+    monkeypatch, chosen, asked, renderer
+):
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    if asked:
+        monkeypatch.setenv("PLOTLY_RENDERER", asked)
+    monkeypatch.setattr(pio.renderers, "default", chosen)
+    importlib.reload(plotting)
+    assert pio.renderers.default == renderer

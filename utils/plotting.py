@@ -47,6 +47,10 @@ pio.templates["replication"] = go.layout.Template(
     data=dict(heatmap=[dict(xgap=0.5, ygap=0.5)]),
 )
 pio.templates.default = "replication"
+if pio.renderers.default == "plotly_mimetype" and "PLOTLY_RENDERER" not in os.environ:
+    # That shows nothing where JupyterLab lives in another environment and lacks plotly's extension;
+    # the second form carries its own script. Colab, VS Code and a chosen renderer are left alone.
+    pio.renderers.default = "plotly_mimetype+notebook"
 PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
 pio.renderers["png"].width = PNG_WIDTH
 
