@@ -29,7 +29,8 @@ LINES = {
     "utils/toy.py": 230,  # the analysis part ends here
     "utils/prompts.py": 185,
     "utils/ioi.py": 265,
-    "utils/plotting.py": 305,
+    "utils/plotting.py": 345,
+    "utils/look.py": 165,
     "utils/diagram.py": 220,
     "utils/exercises.py": 470,
     "utils/diagnosis.py": 220,
@@ -52,7 +53,7 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 5500,
+    "utils/**/*.py": 5800,
     "project-1-induction-heads/*_exercises.py": 765,
     "project-1-induction-heads/*_claims.py": 250,
     "project-2-Indirect-Object-Identification/*_exercises.py": 765,

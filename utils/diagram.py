@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.plotting import PNG_WIDTH
+from utils.look import PNG_WIDTH
 from utils.results import role_in_words
 
 LOGITS, INK = "logits", "#222222"
