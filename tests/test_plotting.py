@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 
 import numpy as np
 import plotly.io as pio
@@ -249,3 +250,9 @@ def test_figures_carry_their_script_where_plotly_chose_the_bare_form(
     monkeypatch.setattr(pio.renderers, "default", chosen)
     importlib.reload(look)
     assert pio.renderers.default == renderer
+
+
+def test_a_figure_with_its_script_asks_no_network():
+    html = pio.renderers["notebook"].to_mimebundle(plotting.bars(["a"], [1], **BARS).to_dict())
+    assert "Plotly.newPlot" in html["text/html"]
+    assert not re.search(r'(src|href)="http', html["text/html"])

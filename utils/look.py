@@ -35,10 +35,23 @@ pio.templates["replication"] = go.layout.Template(
     data=dict(heatmap=[dict(xgap=0.5, ygap=0.5)]),
 )
 pio.templates.default = "replication"
-if pio.renderers.default == "plotly_mimetype" and "PLOTLY_RENDERER" not in os.environ:
+
+
+class Offline(type(pio.renderers["notebook"])):
+    """A figure with plotly's script, and without the one for formulas, which a CDN would send."""
+
+    def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
+        html = super().to_mimebundle(fig_dict)["text/html"]
+        return {"text/html": re.sub(r'<script src="http[^"]*mathjax[^>]*></script>', "", html)}
+
+
+pio.renderers["notebook"] = Offline(config={"responsive": True})
+chosen = pio.renderers.default
+if chosen == "plotly_mimetype" and "PLOTLY_RENDERER" not in os.environ:
     # That shows nothing where JupyterLab lives in another environment and lacks plotly's extension;
     # the second form carries its own script. Colab, VS Code and a chosen renderer are left alone.
-    pio.renderers.default = "plotly_mimetype+notebook"
+    chosen = "plotly_mimetype+notebook"
+pio.renderers.default = chosen  # plotly had made its own before
 PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
 pio.renderers["png"].width, pio.renderers["png"].scale = PNG_WIDTH, 2
 TITLE_WIDTH, NOTE_WIDTH = 40, 56  # letters in a line that fit a phone
