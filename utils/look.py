@@ -65,8 +65,9 @@ def titled(fig: go.Figure, title: str, note: str, headings: int = 0, *, height: 
     """
     text, note = wrapped(title, TITLE_WIDTH), wrapped(note, NOTE_WIDTH)
     room = 60 + headings + 22 * text.count("<br>") + 18 * (2 + note.count("<br>"))
-    fig.update_layout(title=dict(text=text, subtitle_text=note, yref="container", y=0.97))
-    fig.update_layout(title_yanchor="top", margin_t=room, height=height + room - 82)
+    place = dict(yref="container", y=1, yanchor="top", pad_t=24)
+    fig.update_layout(title=dict(text=text, subtitle_text=note, **place))
+    fig.update_layout(margin_t=room, height=height + room - 82)
     return fig
 
 
