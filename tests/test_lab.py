@@ -1,5 +1,6 @@
 """The learner's copies: made once, never overwritten, and their first cell finds the repository."""
 
+import os
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -68,11 +69,13 @@ def test_new_outputs_alone_are_no_newer_version(repository, capsys):
 
 
 def test_lab_opens_the_first_notebook_in_the_same_environment(repository, monkeypatch, capsys):
-    run = Mock(return_value=subprocess.CompletedProcess([], 3))
-    monkeypatch.setattr(subprocess, "run", run)
-    assert lab.main(["--no-browser"]) == 3
+    become = Mock()
+    monkeypatch.setattr(os, "execv", become)
+    monkeypatch.chdir(repository)  # and back after the test
+    lab.main(["--no-browser"])
     command = [sys.executable, "-m", "jupyterlab", "my/a_notebook.ipynb", "--no-browser"]
-    run.assert_called_once_with(command, cwd=repository)
+    become.assert_called_once_with(sys.executable, command)
+    assert os.getcwd() == str(repository)
     path = "Learning path: my/a_notebook.ipynb, then my/b_notebook.ipynb."
     assert path in capsys.readouterr().out
 

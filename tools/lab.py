@@ -7,7 +7,7 @@ The copies lie in `my/`, which git ignores and nothing overwrites.
 
 import hashlib
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -63,17 +63,15 @@ def _origin(copy: Path) -> str | None:
         return None
 
 
-def main(options: list[str]) -> int:
-    """Copy what is missing, then run JupyterLab in the repository until it is stopped."""
+def main(options: list[str]) -> None:
+    """Copy what is missing, then become JupyterLab, so that Ctrl-C reaches it alone."""
     first, *_ = copies = copy_notebooks()
     names = [str(copy.relative_to(ROOT)) for copy in copies]
     print(f"Learning path: {', then '.join(names)}. Ctrl-C ends JupyterLab.", flush=True)
-    command = [sys.executable, "-m", "jupyterlab", str(first.relative_to(ROOT)), *options]
-    try:
-        return subprocess.run(command, cwd=ROOT).returncode
-    except KeyboardInterrupt:
-        return 0
+    os.chdir(ROOT)
+    command = ["-m", "jupyterlab", str(first.relative_to(ROOT)), *options]
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
