@@ -29,6 +29,7 @@ notebooks: $(INSTALLED) ## run the notebooks; leaves build/*.ipynb and build/*.h
 	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
 
 test: lint ## run the linters and every test that is not long, the notebooks included
+	@sh tools/chromium.sh
 	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(ARGS)
 
 test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved

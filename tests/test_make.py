@@ -14,7 +14,7 @@ import yaml
 from utils.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"]
-SCRIPT = "tools/make_venv.sh"
+SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
 # `-m` call is logged; pip can be told to fail.
@@ -46,7 +46,8 @@ class Copy:
         for name in [*COPIED, "requirements-lab.txt"]:
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "tools").mkdir()
-        shutil.copy(ROOT / SCRIPT, self.folder / SCRIPT)
+        for script in SCRIPTS:
+            shutil.copy(ROOT / script, self.folder / script)
         # Nothing but what the Makefile may count on: no real Python can be found.
         for tool in "sh make cat cut cksum rm touch mkdir cp test awk ls sleep".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
@@ -124,6 +125,14 @@ def test_lab_installs_jupyterlab_into_the_same_environment_when_first_asked_for(
     (copy.folder / ".venv/bin/python").unlink()  # a new environment has no JupyterLab
     assert copy.make("lab").returncode == 0
     assert copy.calls() == [*SET_UP, *lab]
+
+
+def test_a_test_run_says_which_browser_it_uses_and_goes_on_without_one(copy):
+    result = copy.make("test")
+    assert result.returncode == 0 and "No Chromium here, so the browser tests" in result.stdout
+    copy.add_python("chromium")
+    result = copy.make("test")
+    assert f"Browser tests use {copy.tools}/chromium." in result.stdout
 
 
 def test_a_failed_install_is_started_afresh(copy):

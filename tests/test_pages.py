@@ -34,6 +34,13 @@ def test_a_page_asks_no_network_and_shows_its_formulas():
     assert 'href="https://colab.example/x"' in html and "Open In Colab" in html
 
 
+def test_a_fold_holds_its_text():
+    html = page("<details><summary>Hint</summary>\n\nA *hint*.\n\n</details>\n\nAfter.")
+    assert re.search(
+        r"<details><summary>Hint</summary>\s*<p>A <em>hint</em>\.</p>\s*</details>", html
+    )
+
+
 def test_a_page_has_a_title_contents_and_a_dark_scheme():
     html = page(PROSE, "## First part\n\n### Not listed", "## Second part")
     assert "<title>How heads work</title>" in html

@@ -33,7 +33,7 @@ class PageExporter(HTMLExporter):
     def markdown2html(self, context: dict, source: str) -> str:
         attachments = context.get("cell", {}).get("attachments", {})
         path = context.get("resources", {}).get("metadata", {}).get("path", "")
-        look = dict(escape=False, attachments=attachments, path=path, embed_images=True)
+        look = dict(escape=False, attachments=attachments, path=path)
         return MarkdownWithMath(PageRenderer(**look)).render(source)
 
 
