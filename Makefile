@@ -14,17 +14,24 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
+# JupyterLab is installed when it is first asked for.
+LAB := $(VENV)/lab-$(shell cat requirements-lab.txt constraints.txt | cksum | cut -d ' ' -f 1)
+
 .DEFAULT_GOAL := help
-.PHONY: help notebooks test test-nightly lint benchmark outputs study gone
+.PHONY: help lab notebooks test test-nightly lint benchmark outputs study gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
-notebooks: $(INSTALLED) ## run the notebooks into build/, to open (with SEED=1: induction on other prompts)
+lab: $(LAB) ## do the exercises in JupyterLab: copies in my/, which are yours (ARGS=--no-browser)
+	$(VENV_PYTHON) -m tools.lab $(ARGS)
+
+notebooks: $(INSTALLED) ## run the notebooks into build/, to open (with SEED=1: on other prompts)
 	$(VENV_PYTHON) -m tools.notebooks run $(ARGS)
 
 test: lint ## run the linters and every test that is not long, the notebooks included
+	@sh tools/chromium.sh
 	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(ARGS)
 
 test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved
@@ -42,6 +49,11 @@ outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are commit
 
 study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (ARGS=worst: a part)
 	$(VENV_PYTHON) -m tools.study $(ARGS)
+
+$(LAB): $(INSTALLED)
+	@echo "== Installing JupyterLab into $(VENV) (a minute, once) =="
+	$(VENV_PYTHON) -m pip install -c constraints.txt -r requirements-lab.txt
+	@touch "$@"
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL) $(GPT2_TOKENIZER)"

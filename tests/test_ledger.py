@@ -4,15 +4,16 @@ import json
 import math
 import re
 from unittest.mock import Mock
+from xml.etree import ElementTree
 
 import pytest
 
-from tools.results import compare, markdown_table
+from tools.results import compare, markdown_table, summary
 from utils import ledger as ledger_module
 from utils.heads import Head
 from utils.ledger import Claim, Ledger
 from utils.metrics import Estimate
-from utils.results import merge_seeds, read_json, write_json
+from utils.results import decimals, merge_seeds, read_json, write_json
 from utils.rules import above, at_least, below, every
 
 
@@ -164,24 +165,36 @@ def test_refusals(ledger, refused, message):
         refused(ledger)
 
 
-def test_table_shows_figures_and_verdicts(ledger, tmp_path):
+def test_table_shows_verdicts_first_then_figures_and_the_rule_folded(ledger, tmp_path):
     ledger.record("toy.copying", 0.5)
     ledger.record("lm.loss", Estimate(3.14159, 0.0123, 64))
     ledger.record("lm.needy", math.nan)
     table = ledger.table()
-    assert list(table.index) == list(CLAIMS)
-    assert list(table.columns) == ["claim", "published", "ours", "verdict", "source", "rule"]
-    assert list(table["ours"]) == ["0.5", "3.142 ± 0.012 (n = 64)", "–"]
-    assert list(table["verdict"]) == ["holds", "holds", "does not hold"]
-    assert list(table["published"]) == ["–", "0.18 (gpt2-small)", "–"]
-    assert table.loc["lm.needy", "rule"] == "r. Needs: lm.loss."
-    assert "Loss" in table.to_html()
+    assert repr(table).splitlines() == [
+        "2 of 3 claims hold, 1 does not.",
+        "✓ holds: It copies: ours 0.500; published –",
+        "✓ holds: Loss: ours 3.142 ± 0.012 (n = 64); published 0.18 (gpt2-small)",
+        "✗ does not hold: More: ours –; published –",
+    ]
+    html = table._repr_html_()
+    ElementTree.fromstring(html)  # whole, and every sign escaped
+    text = re.sub(r"\s*<[^>]*>\s*", "|", html)
+    assert re.search(r"2 of 3 claims hold, 1 does not\.\|.*✓ holds\|+It copies\|", text, re.DOTALL)
+    assert "rule and source|r. Needs: “Loss”.|p|" in text
+    assert not any(claim_id in html for claim_id in CLAIMS)
 
     seeds = tmp_path / "toy_seeds.json"
-    assert ledger.table(seeds).equals(table)  # no such file yet
+    assert repr(ledger.table(seeds)) == repr(table)  # no such file yet
     write_json(seeds, {"1": run(entry("toy.copying", 0.7, holds=False))})
-    row = list(ledger.table(seeds).loc["toy.copying", ["ours", "verdict"]])
-    assert row == ["0.60 ± 0.10 (n = 2 seeds)", "undecided (in 1 of 2 seeds)"]
+    row = "? undecided (in 1 of 2 seeds): It copies: ours 0.600 ± 0.100 (n = 2 seeds); published –"
+    assert repr(ledger.table(seeds)).splitlines()[1] == row
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.00012, "0.000"), (-1.5, "−1.500"), (0.0006, "0.001"), (12, "12.000")]
+)
+def test_figures_have_one_precision_and_no_negative_zero(value, text):
+    assert decimals(value) == text
 
 
 @pytest.mark.parametrize(
@@ -264,11 +277,29 @@ def test_markdown(tmp_path):
     text = markdown_table(tmp_path / "m.json")
     assert text == markdown_table(data)
     assert text == (
-        "Model: `smollm2-135m`; torch 2.\n\n"
-        "| claim | published | ours ± standard error (n) | verdict |\n"
+        "Model: `smollm2-135m`; torch 2.\n\n1 of 2 claims hold, 1 does not.\n\n"
+        "| verdict | claim | published | ours ± standard error (n) |\n"
         "| --- | --- | --- | --- |\n"
-        "| a \\| b | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) | holds |\n"
-        "| s | – | 0.25 ± 0.00 (n = 5 seeds) | does not hold (in 0 of 5 seeds) |\n\n"
+        "| ✓ holds | a \\| b | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) |\n"
+        "| ✗ does not hold (in 0 of 5 seeds) | s | – | 0.250 ± 0.000 (n = 5 seeds) |\n\n"
         "| role | heads |\n| --- | --- |\n"
         "| previous token | L3H4 |\n| duplicate token | none |\n"
     )
+
+
+def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
+    claims = [
+        entry("lm.a", -0.00004, statement="It is small"),
+        entry("lm.b", 0.1, holds=False, statement="It is large"),
+    ]
+    text = summary(run(*claims), ["lm.a"])
+    assert text == (
+        "**1 of 2 claims hold, 1 does not** for `smollm2-135m`.\n\n"
+        "Do not hold:\n\n- It is large.\n\n"
+        "| | claim | published | ours, `smollm2-135m` | ours, `gpt2-small` |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| ✓ | It is small | – | 0.000 | not yet run |\n"
+    )
+    assert "| 0.000 | −0.500 |" in summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
+    with pytest.raises(ValueError, match="claim_ids: got"):
+        summary(run(*claims), ["lm.c"])

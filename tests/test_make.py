@@ -14,7 +14,7 @@ import yaml
 from utils.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"]
-SCRIPT = "tools/make_venv.sh"
+SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
 # `-m` call is logged; pip can be told to fail.
@@ -43,10 +43,11 @@ class Copy:
         self.folder, self.tools = folder / "a copy of it", folder / "tools"
         self.folder.mkdir()
         self.tools.mkdir()
-        for name in COPIED:
+        for name in [*COPIED, "requirements-lab.txt"]:
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "tools").mkdir()
-        shutil.copy(ROOT / SCRIPT, self.folder / SCRIPT)
+        for script in SCRIPTS:
+            shutil.copy(ROOT / script, self.folder / script)
         # Nothing but what the Makefile may count on: no real Python can be found.
         for tool in "sh make cat cut cksum rm touch mkdir cp test awk ls sleep".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
@@ -110,6 +111,29 @@ def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
     assert time.monotonic() - start < 2
     assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
+
+
+def test_lab_installs_jupyterlab_into_the_same_environment_when_first_asked_for(copy):
+    lab = ["pip install -c constraints.txt -r requirements-lab.txt", "tools.lab"]
+    assert copy.make("lint").returncode == 0
+    copy.calls()
+    assert copy.make("lab", STAND_IN_PIP_FAILS="1").returncode != 0
+    assert copy.calls() == lab[:1]
+    assert copy.make("lab").returncode == 0
+    assert copy.calls() == lab
+    assert copy.make("lab", "ARGS=--no-browser").returncode == 0
+    assert copy.calls() == ["tools.lab --no-browser"]
+    (copy.folder / ".venv/bin/python").unlink()  # a new environment has no JupyterLab
+    assert copy.make("lab").returncode == 0
+    assert copy.calls() == [*SET_UP, *lab]
+
+
+def test_a_test_run_says_which_browser_it_uses_and_goes_on_without_one(copy):
+    result = copy.make("test")
+    assert result.returncode == 0 and "No Chromium here, so the browser tests" in result.stdout
+    copy.add_python("chromium")
+    result = copy.make("test")
+    assert f"Browser tests use {copy.tools}/chromium." in result.stdout
 
 
 def test_a_failed_install_is_started_afresh(copy):
@@ -224,7 +248,8 @@ def test_constraints_pin_every_requirement():
         found = [re.match(r"[A-Za-z][\w.-]*", line) for line in lines]
         return {match[0].lower().replace("_", "-") for match in found if match}
 
-    asked = names("requirements.txt") | names("requirements-dev.txt")
+    files = ("requirements.txt", "requirements-dev.txt", "requirements-lab.txt")
+    asked = set().union(*map(names, files))
     assert asked <= names("constraints.txt")
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert {"torch==2.13.0", "transformer-lens==4.3.0"} <= set(pins)

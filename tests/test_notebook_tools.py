@@ -1,20 +1,34 @@
 """The notebook commands, on small notebooks of their own: run, outputs, readme; and solutions."""
 
 import base64
+import json
 import re
 import sys
 import types
+from io import BytesIO
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
-from tools import notebook_exercises, notebook_outputs, notebook_run, notebooks
+from tools import (
+    drawings,
+    moving_picture,
+    notebook_exercises,
+    notebook_outputs,
+    notebook_run,
+    notebooks,
+    pages,
+)
 from tools.results import markdown_table
+from utils import plotting
 from utils.exercises import Exercises
 from utils.results import ROOT, read_json, write_json
 
-PNG = base64.b64encode(b"a picture").decode()
+FILE = BytesIO()
+Image.effect_noise((64, 32), 90).convert("RGB").save(FILE, "PNG")
+PNG = base64.b64encode(FILE.getvalue()).decode()
 HEADER = """
 import os
 import sys
@@ -48,6 +62,8 @@ def project(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(notebook_run, "BUILD", tmp_path / "build")
     monkeypatch.setattr(notebook_outputs, "OTHER_SEEDS", (1, 2))
+    monkeypatch.setattr(drawings, "write_drawings", list)  # not those of this repository
+    monkeypatch.setattr(moving_picture, "write_moving_pictures", list)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "project-1-toy"
     folder.mkdir()
@@ -130,10 +146,14 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert (toy["measured"], toy["n"], toy["verdict"]) == (0.6, 3, "undecided")
     assert (lm["measured"], lm["n"], lm["verdict"]) == (0.25, 8, "holds")
     assert toy["holds_in"] == "2/3"
-    assert (project / "figures" / "effect.png").read_bytes() == b"a picture"
+    with Image.open(project / "figures" / "effect.png") as picture:
+        assert (picture.size, picture.mode) == ((64, 32), "P")
     assert markdown_table(ledger) in (text := readme.read_text())
     assert "stale" not in text and text.endswith("end\n")
-    summary = ("1 of 2 claims hold for `tiny`", "- It falls. Here", "undecided:\n\n- It copies. H")
+    summary = (
+        "**1 of 2 claims hold, 1 is undecided** for `tiny`.\n\nUndecided:\n\n- It copies.\n",
+        "| ✓ | It falls | – | 0.250 ± 0.010 (n = 8) | not yet run |",
+    )
     assert all(line in top.read_text() for line in summary)
 
     _, part_a, part_b = outputs_of(path)
@@ -141,7 +161,7 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     notebook = nbformat.read(path, as_version=4)
     view = f"circuits-vis-{notebook.cells[2].id}"
     assert part_a[1].data["text/html"] == f"{view}-0 and {view}-1"
-    assert part_b[0].data["image/png"].strip() == PNG
+    assert part_b[0].metadata["image/png"] == {"width": 32, "height": 16, "alt": "Picture"}
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.metadata.language_info == {"name": "python"}
 
@@ -164,6 +184,25 @@ def test_outputs_of_a_bad_run_are_not_written(project, monkeypatch, capsys, cell
     assert notebooks.main(["outputs"]) == 1
     assert message in capsys.readouterr().err
     assert path.read_bytes() == before and not (project / "results").exists()
+
+
+def test_a_stored_picture_is_light_and_in_words():
+    gradient = Image.linear_gradient("L").resize((400, 400)).convert("RGB")
+    file = BytesIO()
+    gradient.save(file, "PNG")
+    figure = plotting.lines([1, 2], {"a": [1, 2], "b": [0, 1]}, title="T", x_label="x", y_label="y")
+    data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    data[notebook_outputs.PLOTLY] = json.loads(figure.to_json())
+    notebook = new_notebook(cells=[new_code_cell(outputs=[new_output("display_data", data)])])
+    notebook_outputs.clean(notebook)
+    (output,) = notebook.cells[0].outputs
+    shown = {"width": 200, "height": 200, "alt": "T. y against x. a, b"}
+    assert output.metadata["image/png"] == shown
+    with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
+        assert len(picture.getcolors()) <= 128
+        assert picture.size == (400, 400)
+    page = pages.to_html(notebook, "page")
+    assert 'alt="T. y against x. a, b"' in page
 
 
 def test_a_figure_for_the_readme_needs_a_picture(tmp_path):

@@ -1,10 +1,16 @@
 """Figures carry the data, labels and colours they were given; bad shapes are refused."""
 
+import importlib
+import math
+import re
+
 import numpy as np
+import plotly.io as pio
 import pytest
 import torch
+from contrast import contrast
 
-from utils import plotting
+from utils import look, plotting
 
 TITLE = dict(title="t")
 LINES = dict(title="t", x_label="step", y_label="loss (nats)")
@@ -29,7 +35,7 @@ def test_heatmap_keeps_values_labels_and_order():
     assert fig.layout.xaxis.ticktext == ("a", "a", "&lt;b>")  # a repeated token stays two columns
     assert (fig.layout.yaxis.ticktext, fig.layout.yaxis.autorange) == (("3", "4"), "reversed")
     assert "layer: %{y}<br>token: %{x}<br>score: %{z" in fig.data[0].hovertemplate
-    assert fig.layout.coloraxis.colorbar.title.text == "score"
+    assert fig.layout.title.subtitle.text == "score: darker is more"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,7 @@ def test_panels_share_x_and_colours_and_have_a_legend_each():
     assert titles(fig) == ["t", None, "loss"]
     assert (fig.layout.xaxis2.title.text, fig.layout.yaxis2.title.text) == ("step", "score")
     assert len(fig.layout.shapes) == 2  # the marker crosses both panels
+    assert fig.layout.title.subtitle.text == "dashed: drop"
 
 
 def test_bars_single_and_grouped_and_of_samples():
@@ -141,6 +148,59 @@ def test_attention_is_light_and_with_a_picture_only_when_static(monkeypatch, sta
         assert len(html) > 500_000 and not pictures
 
 
+def test_colours_stand_out_and_dashes_and_hatching_tell_lines_and_bars_apart():
+    assert all(contrast(colour, "#ffffff") >= 3 for colour in look.COLOURS)
+    heads = {f"L{layer}H{head}": [0, 1] for layer in range(2) for head in range(4)}
+    fig = plotting.lines([0, 1], heads, **LINES)
+    by_layer = [{t.line.color for t in fig.data if t.name.startswith(f"L{i}")} for i in range(2)]
+    assert [len(colours) for colours in by_layer] == [1, 1] and by_layer[0] != by_layer[1]
+    assert len({(t.line.color, t.line.dash) for t in fig.data}) == 8
+    bars = plotting.bars(["a"], {"one": [1], "two": [2]}, **BARS).data
+    assert bars[0].marker.pattern.shape != bars[1].marker.pattern.shape
+
+
+def test_few_points_are_marked_a_window_shaded_and_an_axis_may_be_logarithmic():
+    many = plotting.lines(range(40), {"loss": range(40)}, window=(3, 9), **LINES)
+    assert (many.data[0].mode, many.layout.shapes[0].x0, many.layout.shapes[0].x1) == (
+        "lines",
+        3,
+        9,
+    )
+    few = plotting.lines([1, 2, 8], {"loss": [3, 2, 1]}, log_x=True, marker=(2, "two"), **LINES)
+    assert few.data[0].mode == "lines+markers"
+    assert (few.layout.xaxis.type, few.layout.xaxis.ticktext) == ("log", ("1", "2", "8"))
+    assert few.layout.annotations[0].x == pytest.approx(math.log10(2))
+
+
+def test_titles_and_names_fit_a_phone():
+    title = "What each head writes, before and after the name movers are knocked out"
+    fig = plotting.scatter(X, Y, **AXES | dict(title=title))
+    rows = fig.layout.title.text.split("<br>")
+    assert " ".join(rows) == title and max(map(len, rows)) <= look.TITLE_WIDTH
+    assert fig.layout.margin.t > plotting.scatter(X, Y, **AXES).layout.margin.t
+    fig = plotting.bars(["negative_name_mover", "s_inhibition"], [1, 2], **BARS)
+    assert list(fig.data[0].x) == ["negative name<br>mover", "S-inhibition"]
+
+
+def test_long_head_maps_name_their_largest_cells():
+    effects = torch.zeros(12, 12)
+    effects[3, 4], effects[9, 6], effects[7, 1] = 0.5, -2.0, 1.0
+    fig = plotting.head_heatmap(effects, title="t", diverging=True)
+    text = fig.layout.title.subtitle.text.replace("<br>", " ")
+    assert text == "score: red above 0, blue below; largest: L9H6, L7H1, L3H4"
+    fig = plotting.head_heatmap({"q": effects, "k": effects.flip(0)}, title="t")
+    assert "largest: L9H6, L2H6" in fig.layout.title.subtitle.text
+
+
+def test_labels_of_a_scatter_never_meet():
+    x = torch.tensor([0.0, 10.0, 10.01, 10.02, 10.0, 10.0])
+    y = torch.tensor([0.0, 10.0, 10.0, 10.0, 10.0, 10.0])
+    fig = plotting.scatter(x, y, names=[f"L17H{i}" for i in range(6)], label_top=6, **AXES)
+    placed = zip(fig.data[0].textposition, fig.data[0].text, strict=True)
+    sides = [side for side, text in placed if text][1:]  # the first point stands elsewhere
+    assert len({*sides}) == len(sides) >= 2
+
+
 Z = torch.zeros
 REFUSED = [
     (plotting.heatmap, [Z(3)], TITLE, r"values: got shape \[3\]"),
@@ -170,3 +230,29 @@ REFUSED = [
 def test_bad_input_is_named(function, given, options, message):
     with pytest.raises(ValueError, match=message):
         function(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked", "renderer"),
+    [
+        ("plotly_mimetype", None, "plotly_mimetype+notebook"),  # JupyterLab
+        ("plotly_mimetype", "plotly_mimetype", "plotly_mimetype"),
+        ("vscode", None, "vscode"),
+        ("colab", None, "colab"),
+    ],
+)
+def test_figures_carry_their_script_where_plotly_chose_the_bare_form(
+    monkeypatch, chosen, asked, renderer
+):
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    if asked:
+        monkeypatch.setenv("PLOTLY_RENDERER", asked)
+    monkeypatch.setattr(pio.renderers, "default", chosen)
+    importlib.reload(look)
+    assert pio.renderers.default == renderer
+
+
+def test_a_figure_with_its_script_asks_no_network():
+    html = pio.renderers["notebook"].to_mimebundle(plotting.bars(["a"], [1], **BARS).to_dict())
+    assert "Plotly.newPlot" in html["text/html"]
+    assert not re.search(r'(src|href)="http', html["text/html"])

@@ -2,7 +2,7 @@
 
 A project's README shows its tables between `<!-- results:start -->` and `<!-- results:end -->`;
 the top one shows, between `<!-- summary:start <project> <claim> ... -->` and
-`<!-- summary:end -->`, how many claims hold, the named ones, and all that do not.
+`<!-- summary:end -->`, how many claims hold, those that do not, and a table of the named ones.
 A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`.
 """
 
@@ -10,19 +10,25 @@ import base64
 import copy
 import re
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from PIL import Image
 
 from tools.notebook_exercises import mark_checks
 from tools.notebook_run import execute
-from tools.results import markdown_table, summary
+from tools.results import PAPERS, markdown_table, summary
 from utils.results import ROOT, merge_seeds, read_json, write_file, write_json
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"
-MAX_BYTES = 3_000_000
+MAX_BYTES = 2 * 2**20
+# Colours of a stored picture: a quarter of the bytes. This method and k-means keep rare colours,
+# such as those of a few dark cells, and the white of the page; the default does not.
+PALETTE = dict(colors=128, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE_TAG = "readme-figure:"
 # Pictures beside the interactive form, and light attention views: what GitHub can show.
 STORED_ENV = {
@@ -86,7 +92,8 @@ def _run(notebook: NotebookNode, path: Path, env: dict[str, str], label: str) ->
 def clean(notebook: NotebookNode) -> None:
     """Leave only what a reader needs, in place; a second run then gives the same file.
 
-    Drops progress bars (stderr) and what names this machine or this run.
+    Drops progress bars (stderr) and what names this machine or this run; pictures get a palette
+    and words for those who cannot see them.
     """
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
@@ -97,8 +104,11 @@ def clean(notebook: NotebookNode) -> None:
             continue
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
-            if "text/html" in output.get("data", {}):
-                output.data["text/html"] = _fixed_names(output.data["text/html"], cell.id)
+            data = output.get("data", {})
+            if "text/html" in data:
+                data["text/html"] = _fixed_names(data["text/html"], cell.id)
+            if "image/png" in data:
+                _lighten(output)
 
 
 def _fixed_names(html: str, cell_id: str) -> str:
@@ -106,6 +116,31 @@ def _fixed_names(html: str, cell_id: str) -> str:
     for i, name in enumerate(dict.fromkeys(re.findall(r"circuits-vis-[0-9a-f-]{13}", html))):
         html = html.replace(name, f"circuits-vis-{cell_id}-{i}")
     return html
+
+
+def _lighten(output: NotebookNode) -> None:
+    """Give a picture a palette, the size at which it is shown (half its pixels), and its words."""
+    with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
+        width, height = picture.size
+        small, file = picture.convert("RGB").quantize(**PALETTE), BytesIO()
+    small.save(file, "PNG", optimize=True)
+    output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+    shown = {"width": width // 2, "height": height // 2, "alt": alt_text(output.data.get(PLOTLY))}
+    output.metadata["image/png"] = shown
+
+
+def alt_text(figure: dict | None) -> str:
+    """A figure in words: its title, the line under it, axes and what is drawn."""
+    if figure is None:
+        return "Picture"
+    layout = figure["layout"]
+    title = layout.get("title", {})
+    axes = [layout.get(axis, {}).get("title", {}).get("text") for axis in ("yaxis", "xaxis")]
+    names = [trace["name"] for trace in figure["data"] if trace.get("name")]
+    parts = [title.get("text"), title.get("subtitle", {}).get("text")]
+    parts += [" against ".join(filter(None, axes)), ", ".join(names)]
+    text = ". ".join(part for part in parts if part)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()
 
 
 def write_figures(notebook: NotebookNode, project: Path) -> None:
@@ -144,8 +179,13 @@ def with_tables(readme: Path) -> str:
         files = sorted(p for p in (ROOT / folder).glob("results/*.json") if p.name != SEEDS_FILE)
         if not files:
             raise ValueError(f"{readme}: no results in {folder}")
-        ledgers = map(read_json, files)
-        texts = [summary(x, claims) if kind == "summary" else markdown_table(x) for x in ledgers]
+        ledgers = {path.stem: read_json(path) for path in files}
+        if kind == "summary":
+            papers = ledgers.get(PAPERS)
+            ours = [x for x in ledgers.values() if x is not papers] or [papers]
+            texts = [summary(ledger, claims, papers) for ledger in ours]
+        else:
+            texts = [markdown_table(ledger) for ledger in ledgers.values()]
         return start + "\n" + "\n".join(texts) + "\n" + end
 
     return MARKED.sub(replace, readme.read_text(encoding="utf-8"))

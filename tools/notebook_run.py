@@ -28,6 +28,8 @@ def run(path: Path) -> None:
         execute(notebook, path.parent, RUN_ENV, path.stem)
     finally:  # a run that failed is worth opening too
         write_file(BUILD / path.name, nbformat.writes(notebook))
+    from tools.pages import to_html  # takes a second to import
+
     write_file(BUILD / f"{path.stem}.html", to_html(notebook, path.stem))
     shown = (BUILD / path.stem).relative_to(ROOT)
     print(f"{path.stem}: {time.monotonic() - began:.0f} s; open {shown}.html or {shown}.ipynb")
@@ -80,11 +82,3 @@ def _leftover(output: NotebookNode) -> bool:
     """A widget's view, which is dead once its kernel has gone, or a progress bar that is over."""
     over = output.get("name") == "stderr" and not output.text.strip()
     return over or WIDGET in output.get("data", {})
-
-
-def to_html(notebook: NotebookNode, title: str) -> str:
-    """The executed notebook as one page; figures work without a network."""
-    from nbconvert import HTMLExporter  # takes a second to import
-
-    resources = {"metadata": {"name": title, "path": ""}}
-    return HTMLExporter().from_notebook_node(notebook, resources=resources)[0]

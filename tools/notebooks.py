@@ -51,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         from tools import notebook_outputs  # imports torch, which takes seconds: `run` need not
 
         if options.command == "outputs":
+            from tools import drawings, moving_picture
+
+            drawings.write_drawings()
+            moving_picture.write_moving_pictures()
             notebook_outputs.refresh(paths)
         notebook_outputs.write_readmes()
     except (CellExecutionError, DeadKernelError, ValueError) as error:

@@ -4,7 +4,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results import FAILS, HOLDS, UNDECIDED, cells, read_json, verdict
+from utils.results import (
+    FAILS,
+    SIGNS,
+    UNDECIDED,
+    cells,
+    counts,
+    read_json,
+    role_in_words,
+    verdict,
+)
+
+PAPERS = "gpt2-small"  # the model that most published figures are of
 
 
 def compare(fresh: dict, committed: dict) -> list[str]:
@@ -51,27 +62,28 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
     return found
 
 
-def summary(ledger: dict, claim_ids: Sequence[str]) -> str:
-    """How many claims hold, the named ones of them, the undecided, and all that do not.
+def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) -> str:
+    """How many claims hold, which do not or are undecided, and a table of the named ones.
 
-    Raises ValueError for an id that is not in the ledger.
+    `papers` is the ledger of the papers' own model, if a run of it is committed. Raises ValueError
+    for an id that is not in the ledger.
     """
     claims = {claim["id"]: claim for claim in ledger["claims"]}
     if unknown := [i for i in claim_ids if i not in claims]:
         raise ValueError(f"claim_ids: got {unknown}, have {', '.join(claims)}")
-    held = [i for i, claim in claims.items() if claim["verdict"] == HOLDS]
-    head = f"{len(held)} of {len(claims)} claims hold for `{ledger['model']}`, among them:\n\n"
-    text = head + "\n".join(_line(claims[i]) for i in claim_ids if i in held) + "\n"
-    for verdict_, head in ((UNDECIDED, "These are undecided"), (FAILS, "These do not hold")):
-        lines = [_line(claim) for claim in claims.values() if claim["verdict"] == verdict_]
-        text += f"\n{head}:\n\n" + "\n".join(lines) + "\n" if lines else ""
-    return text
-
-
-def _line(claim: dict) -> str:
-    published, figure, _ = cells(claim)
-    beside = "" if published == "–" else f"; published {published}"
-    return f"- {claim['statement']}. Here {figure}{beside}."
+    lines = [f"**{counts(claims.values())}** for `{ledger['model']}`.", ""]
+    for verdict_, head in ((FAILS, "Do not hold"), (UNDECIDED, "Undecided")):
+        named = [f"- {c['statement']}." for c in claims.values() if c["verdict"] == verdict_]
+        lines += [f"{head}:", "", *named, ""] if named else []
+    ours = f"ours, `{ledger['model']}`"
+    lines += [f"| | claim | published | {ours} | ours, `{PAPERS}` |", "| --- " * 5 + "|"]
+    theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
+    for claim in (claims[i] for i in claim_ids):
+        _, published, figure = cells(claim)
+        other = cells(theirs[claim["id"]])[2] if claim["id"] in theirs else "not yet run"
+        row = (SIGNS[claim["verdict"]], claim["statement"], published, figure, other)
+        lines.append("| " + " | ".join(map(_escape, row)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown_table(ledger: dict | Path) -> str:
@@ -82,15 +94,19 @@ def markdown_table(ledger: dict | Path) -> str:
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + ".",
         "",
-        "| claim | published | ours ± standard error (n) | verdict |",
+        f"{counts(data['claims'])}.",
+        "",
+        "| verdict | claim | published | ours ± standard error (n) |",
         "| --- | --- | --- | --- |",
     ]
     for c in data["claims"]:
-        lines.append("| " + " | ".join((_escape(c["statement"]), *map(_escape, cells(c)))) + " |")
+        verdict_, *figures = cells(c)
+        row = verdict_, c["statement"], *figures
+        lines.append("| " + " | ".join(map(_escape, row)) + " |")
     if data["heads"]:
         lines += ["", "| role | heads |", "| --- | --- |"]
         for role, heads in data["heads"].items():
-            lines.append(f"| {role.replace('_', ' ')} | {', '.join(heads) or 'none'} |")
+            lines.append(f"| {role_in_words(role)} | {', '.join(heads) or 'none'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,16 +7,44 @@ width: so it never crosses a box, for each stretch of it lies between two rows o
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.plotting import COLOURS, PNG_WIDTH
+from utils.look import PNG_WIDTH
+from utils.results import role_in_words
 
-LOGITS = "logits"
+LOGITS, INK = "logits", "#222222"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
 GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
 
 Roles = Mapping[str, Sequence[object]]
+Path = list[tuple[float, float]]
+
+
+class Family(NamedTuple):
+    """Roles that do the same kind of work share a colour; no arrow has it."""
+
+    colour: str
+    words: str
+    roles: tuple[str, ...]
+
+
+FAMILIES = {
+    "before": Family("#946c00", "token before", ("previous_token",)),
+    "again": Family("#0e7c86", "repetition", ("duplicate_token", "induction")),
+    "inhibition": Family("#7b3fa0", "where not to look", ("s_inhibition",)),
+    "for": Family(
+        "#3f7d20",
+        "writes for the answer",
+        ("name_mover", "backup_name_mover", "giver_suppressor", "amplifier"),
+    ),
+    "against": Family(
+        "#5a6472",
+        "writes against it",
+        ("negative_name_mover", "subject_mover", "damper"),
+    ),
+}
 
 
 @dataclass
@@ -40,7 +68,8 @@ def circuit_diagram(
     `roles`: name to heads (printed with `str`); a role without heads is left out with its arrows.
     `edges`: (sender, receiver, effect) or (sender, receiver, effect, via) as "q", "k" or "v"; the
     receiver may be "logits", the box at the top. Red arrows have a positive effect, blue ones a
-    negative one. `levels`: role to row, 0 the lowest; roles of a level stand side by side.
+    negative one. `levels`: role to row, 0 the lowest; roles of a level stand side by side. A box
+    has the colour of its family, which a key under the title names.
     ValueError: no role with heads, a role without a level, an arrow from or to no role, or one that
     does not go up.
     """
@@ -54,16 +83,17 @@ def circuit_diagram(
 
     fig = go.Figure()
     _draw_arrows(fig, edges, chains)
-    for i, box in enumerate(boxes.values()):
-        colour = "#404040" if box is boxes[LOGITS] else COLOURS[i % len(COLOURS)]
+    for name, box in boxes.items():
+        colour = next((f.colour for f in FAMILIES.values() if name in f.roles), INK)
         corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
         look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
         fig.add_shape(type="rect", label_text=box.text, **corners, **look)
     # a pixel is a unit: boxes fit their text, which does not stretch
     fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
-    size = dict(width=PNG_WIDTH, height=height + 82, margin=dict(l=0, r=0, b=0, t=82))
-    return fig.update_layout(title_text=title, showlegend=False, **size)
+    size = dict(width=PNG_WIDTH, height=height + 100, margin=dict(l=0, r=0, b=0, t=100))
+    title = dict(text=title, subtitle_text=_key(boxes, edges))
+    return fig.update_layout(title=title, showlegend=False, **size)
 
 
 def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
@@ -89,7 +119,7 @@ def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
     for name in sorted(roles, key=levels.get):
         beside = sum(levels[other] == levels[name] for other in roles)
         room = max(8, int(((PNG_WIDTH - GAP) / beside - 2 * GAP) / LETTER))  # letters in a line
-        header = textwrap.wrap(name.replace("_", " "), room)
+        header = textwrap.wrap(role_in_words(name), room)
         heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 40))
         text = "<br>".join([*(f"<b>{line}</b>" for line in header), *heads])
         width = max(110, LETTER * max(map(len, header + heads)) + LINE)
@@ -132,22 +162,59 @@ def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
     return ports
 
 
+def _key(boxes: Mapping[str, Box], edges: Sequence[tuple]) -> str:
+    """What the colours in the diagram mean, in those colours."""
+    used = [family for family in FAMILIES.values() if set(family.roles) & set(boxes)]
+    signs = [(RAISES, "positive", max), (LOWERS, "negative", min)]
+    families = [(f.colour, f"■ {f.words}") for f in used]
+    arrows = [
+        (colour, f"▲ {sign} effect")
+        for colour, sign, end in signs
+        if end([effect for _, _, effect, *_ in edges], default=0) != 0
+    ]
+    lines = [families, arrows] if families else [arrows]
+    marked = [[f'<span style="color:{colour}">{text}</span>' for colour, text in x] for x in lines]
+    return "<br>".join("   ".join(line) for line in marked)
+
+
 def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]) -> None:
     largest = max((abs(effect) for _, _, effect, *_ in edges), default=0) or 1
     ports = zip(_ports(chains, 0, 1), _ports(chains, -1, -2), strict=True)
-    for (_, _, effect, *via), chain, (x0, x1) in zip(edges, chains, ports, strict=True):
-        first, *between, last = chain
+    paths = []
+    for (first, *between, last), (x0, x1) in zip(chains, ports, strict=True):
         path = [(place.x, y) for place in between for y in (place.low, place.high)]
-        path = [(x0, first.high), *path, (x1, last.low)]
-        line = dict(width=1 + 5 * abs(effect) / largest, color=RAISES if effect > 0 else LOWERS)
+        paths.append([(x0, first.high), *path, (x1, last.low)])
+    taken = []
+    for i, ((_, _, effect, *via), path) in enumerate(zip(edges, paths, strict=True)):
+        colour = RAISES if effect > 0 else LOWERS
+        line = dict(width=1 + 5 * abs(effect) / largest, color=colour)
         sizes = [0] * (len(path) - 1) + [10 + 3 * line["width"]]  # a head at the end
         head = dict(symbol="arrow", angleref="previous", size=sizes, opacity=1, line_width=0)
         x, y = zip(*path, strict=True)
         fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
-        # on the first stretch, where no other label stands
-        spots = [(x[0] + t * (x[1] - x[0]), y[0] + t * (y[1] - y[0])) for t in (0.45, 0.7, 0.22)]
-        taken = [(note.x, note.y) for note in fig.layout.annotations]
-        free = (s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken))
-        x, y = next(free, spots[0])
+        taken.append(_spot(path, [*paths[:i], *paths[i + 1 :]], taken))
         text = " ".join([*via, f"{effect:+.2f}"]).strip().replace("-", "−")
-        fig.add_annotation(x=x, y=y, text=text, showarrow=False, bgcolor="white", font_size=12)
+        font = dict(size=12, color=colour)  # that of its arrow
+        at = dict(x=taken[-1][0], y=taken[-1][1])
+        fig.add_annotation(text=text, showarrow=False, bgcolor="white", font=font, **at)
+
+
+def _spot(path: Path, others: list[Path], taken: Path) -> tuple[float, float]:
+    """Where an arrow's label stands: on the arrow, off other labels, and off other arrows.
+
+    Only between two rows: where an arrow passes a row it runs between boxes.
+    """
+    spots = [spot for a, b in _stretches(path) for spot in _along(a, b, (0.45, 0.7, 0.22))]
+    apart = [s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken)]
+    steps = [i / 40 for i in range(41)]
+    passing = [p for other in others for a, b in _stretches(other) for p in _along(a, b, steps)]
+    clear = [s for s in apart if all(abs(s[0] - x) > 36 or abs(s[1] - y) > 9 for x, y in passing)]
+    return (clear or apart or spots)[0]
+
+
+def _stretches(path: Path) -> list[tuple]:
+    return list(zip(path[::2], path[1::2], strict=True))
+
+
+def _along(a: tuple, b: tuple, shares: Sequence[float]) -> Path:
+    return [(a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])) for t in shares]

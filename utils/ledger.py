@@ -16,14 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
-
+from utils.ledger_table import LedgerTable, Rule
 from utils.results import (
     FAILS,
     HOLDS,
     ROOT,
     UNDECIDED,
-    cells,
     merge_seeds,
     plain,
     read_json,
@@ -47,10 +45,6 @@ class Claim(NamedTuple):
     published_model: str | None = None
     needs: tuple[str, ...] = ()  # claims without which this one does not hold
     only_for: str | None = None  # the one model that the claim is about
-
-    def in_words(self) -> str:
-        """The rule, and which other claims have to hold."""
-        return self.rule + (f" Needs: {', '.join(self.needs)}." if self.needs else "")
 
 
 class Ledger:
@@ -124,18 +118,18 @@ class Ledger:
         self.data["heads"][role] = labels
         write_json(self.path, self.data)
 
-    def table(self, seeds: str | Path | None = None) -> pd.DataFrame:
+    def table(self, seeds: str | Path | None = None) -> LedgerTable:
         """The claims for display; with the file of other seeds, toy claims show their spread."""
         data = self.data
         if seeds is not None and Path(seeds).exists():
             data = merge_seeds(data, list(read_json(seeds).values()))
-        pd.set_option("display.max_colwidth", None)  # statements are sentences: wrap, never cut
-        rows = [
-            (c["statement"], *cells(c), c["source"], self.claims[c["id"]].in_words())
-            for c in data["claims"]
+        shown = [self.claims[entry["id"]] for entry in data["claims"]]
+        needed = [[self.claims[other].statement for other in claim.needs] for claim in shown]
+        rules = [
+            Rule(claim.source, claim.rule + "".join(f" Needs: “{s}”." for s in statements))
+            for claim, statements in zip(shown, needed, strict=True)
         ]
-        columns = ["claim", "published", "ours", "verdict", "source", "rule"]
-        return pd.DataFrame(rows, [c["id"] for c in data["claims"]], columns)
+        return LedgerTable(data["claims"], rules)
 
 
 def _known(figure: object) -> bool:

@@ -20,35 +20,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.express as px
 import plotly.graph_objects as go
-import plotly.io as pio
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-# Okabe and Ito's colours stay apart for colour-blind readers; lines also differ by dash.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#404040"]
-DASHES = ["solid", "dash", "dot", "dashdot"]
-MARK = dict(color="#444", dash="dash", width=1)
-AXIS = dict(gridcolor="#e6e6e6", linecolor="#888", ticks="outside", automargin=True)
-AXIS |= dict(zeroline=False, title_standoff=8)
-# A template of our own is a few hundred bytes; plotly's default adds 7 KB to every stored figure.
-pio.templates["replication"] = go.layout.Template(
-    layout=dict(
-        font=dict(family="Helvetica, Arial, sans-serif", size=13, color="#222"),
-        title=dict(x=0.02, xanchor="left", font_size=17, subtitle_font=dict(size=12, color="#666")),
-        colorway=COLOURS,
-        margin=dict(l=70, r=30, t=82, b=60),
-        xaxis=AXIS,
-        yaxis=AXIS,
-        coloraxis_colorbar=dict(title_side="right", thickness=14, tickformat="~g"),
-        bargap=0.3,
-        hoverlabel_namelength=-1,
-    ),
-    data=dict(heatmap=[dict(xgap=0.5, ygap=0.5)]),
+from utils.look import (
+    FEW,
+    HATCHES,
+    MARK,
+    PNG_WIDTH,
+    beside,
+    category,
+    line_looks,
+    titled,
+    wrapped,
 )
-pio.templates.default = "replication"
-PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
-pio.renderers["png"].width = PNG_WIDTH
 
 Numbers = Tensor | np.ndarray | Sequence[float]
 Series = Mapping[str, Numbers | tuple[Numbers, Numbers]]
@@ -68,14 +54,16 @@ def heatmap(
     value_label: str = "value",
     diverging: bool = False,
     limit: float | None = None,
+    note: str = "",
 ) -> go.Figure:
     """Heat map, or several of one shape side by side (dict of name to values) on one colour scale.
 
     `x` and `y` label the columns and rows; row 0 is at the top. The scale runs over -limit..limit
     (red above zero, blue below) when `diverging`, else from zero (or the smallest value, if
     negative) to limit; the default limit is the largest found. Maps of up to 40 cells also print
-    their values. Raises ValueError for values that are not 2-d, empty, of unequal shapes, or labels
-    that miss a row or column.
+    their values. The line under the title says what the colour is, and `note` goes on after it.
+    Raises ValueError for values that are not 2-d, empty, of unequal shapes, or labels that miss a
+    row or column.
     """
     maps = values if isinstance(values, Mapping) else {"": values}
     arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
@@ -90,25 +78,36 @@ def heatmap(
     scale = dict(zmin=-high if diverging else float(finite.min(initial=0)), zmax=high)
     colours = "RdBu_r" if diverging else "Blues"
     look = dict(color_continuous_scale=colours, aspect="auto", facet_col_spacing=0.04, **scale)
-    labels = dict(x=x_label, y=y_label, color=value_label)
-    fig = px.imshow(stack, facet_col=0, labels=labels, **look)
+    fig = px.imshow(stack, facet_col=0, labels=dict(x=x_label, y=y_label, color=""), **look)
     place = f"{y_label or 'row'}: %{{y}}<br>{x_label or 'column'}: %{{x}}"
     fig.update_traces(texttemplate="%{z:.2f}" if n_rows * n_cols <= 40 else None)
     fig.update_traces(hovertemplate=f"{place}<br>{value_label}: %{{z:.3f}}<extra></extra>")
     for heading, name in zip(fig.layout.annotations, maps, strict=True):
-        heading.update(text=name, font_size=16)
-    fig.update_xaxes(showgrid=False, **_ticks(x, n_cols, PNG_WIDTH // (22 * n_maps)))
+        heading.update(text=wrapped(name, 40 // n_maps), font_size=13)
+    fig.update_xaxes(
+        showgrid=False, **_ticks(x, n_cols, PNG_WIDTH // ((22 if x is not None else 60) * n_maps))
+    )
     fig.update_yaxes(showgrid=False, **_ticks(y, n_rows, 40))
     fig.update_yaxes(ticks="", selector=dict(showticklabels=False))
-    return fig.update_layout(title_text=title, height=min(720, max(300, 17 * n_rows + 170)))
+    colour = f"{value_label}: " + ("red above 0, blue below" if diverging else "darker is more")
+    note = "; ".join(filter(None, [colour, note]))
+    headings = 34 if n_maps > 1 else 0
+    return titled(fig, title, note, headings, height=min(720, max(320, 17 * n_rows + 190)))
 
 
 def head_heatmap(
     values: Map | Mapping[str, Map], *, value_label="score", head_label="head", **options
 ) -> go.Figure:
-    """Heat map [layer head], or several side by side; `options` are those of `heatmap`."""
+    """Heat map [layer head], or several side by side; `options` are those of `heatmap`.
+
+    Maps too large to print their values name their three largest cells (one each, if several).
+    """
     labels = dict(x_label=head_label, y_label="layer", value_label=value_label)
-    return heatmap(values, **labels, **options)
+    maps = values if isinstance(values, Mapping) else {"": values}
+    arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
+    large = [_largest(a, 3 if len(maps) == 1 else 1) for a in arrays if a.size > 40]
+    note = f"largest: {', '.join(large)}" if large else ""
+    return heatmap(values, note=note, **labels, **options)
 
 
 def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
@@ -120,45 +119,66 @@ def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
 
 
 def panels(
-    x: Numbers, panels: Mapping[str, Series], *, title: str, x_label: str, marker: Mark = None
+    x: Numbers,
+    panels: Mapping[str, Series],
+    *,
+    title: str,
+    x_label: str,
+    marker: Mark = None,
+    window: tuple[float, float] | None = None,
+    log_x: bool = False,
 ) -> go.Figure:
     """Line plots stacked over one x axis: dict of y label to series, each panel with its legend.
 
-    A name has the same colour in every panel. `marker` = (x, text) draws a vertical dashed line.
-    Raises ValueError for no series, or one that does not have a value for each x.
+    A name has the same colour in every panel; heads ("L0H1") have that of their layer. `marker` =
+    (x, text) draws a vertical dashed line, `window` = (from, to) shades a stretch of x. Raises
+    ValueError for no series, or one that does not have a value for each x.
     """
     x = _array(x, "x", 1)
     if not panels or not all(panels.values()):
         raise ValueError("series: got none, want at least one in each panel")
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     note = ""
-    fig = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.06)
+    looks = line_looks(names)
+    fig = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.13)
     for row, (label, series) in enumerate(panels.items(), start=1):
         legend = f"legend{row}" if row > 1 else "legend"
-        top = fig.get_subplot(row, 1).yaxis.domain[1]
-        fig.update_layout({legend: dict(y=top, yanchor="top")}, showlegend=len(names) > 1)
+        if len(panels) > 1:  # each legend above its own panel
+            top = fig.get_subplot(row, 1).yaxis.domain[1]
+            above = dict(orientation="h", yref="paper", y=top, yanchor="bottom", x=0)
+            fig.update_layout({legend: above})
+        fig.update_layout(showlegend=len(names) > 1)
         fig.update_yaxes(title=label, row=row)
         for name, values in series.items():
             y, stderr = _with_error(values, name, len(x))
-            turn, i = divmod(names.index(name), len(COLOURS))
+            colour, dash = looks[name]
             if stderr is not None:
                 note = "shaded: ± one standard error"
                 area = dict(x=[*x, *x[::-1]], y=[*(y + stderr), *(y - stderr)[::-1]], mode="none")
-                look = dict(fill="toself", fillcolor=f"{COLOURS[i]}33", hoverinfo="skip")
+                look = dict(fill="toself", fillcolor=f"{colour}33", hoverinfo="skip")
                 fig.add_scatter(**area, **look, showlegend=False, row=row, col=1)
-            line = dict(width=2, color=COLOURS[i], dash=DASHES[(i + turn) % len(DASHES)])
+            line, mode = dict(width=2, color=colour, dash=dash), "lines"
+            mode += "+markers" if len(x) <= FEW else ""
             hover = f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}<extra>{name}</extra>"
-            look = dict(mode="lines", line=line, legend=legend, hovertemplate=hover)
+            look = dict(mode=mode, line=line, legend=legend, hovertemplate=hover)
             fig.add_scatter(x=x, y=y, name=name, row=row, col=1, **look)
     fig.update_xaxes(title=x_label, row=len(panels))
+    if log_x:
+        fig.update_xaxes(type="log", tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
+    if window is not None:
+        fig.add_vrect(*window, fillcolor="#888", opacity=0.15, line_width=0, row="all", col=1)
     if marker is not None:
         at, text = marker
         side = "left" if at < (x.min() + x.max()) / 2 else "right"
-        above = dict(x=at, y=1, yref="y domain", yanchor="bottom", xanchor=side)
+        above = dict(y=1, yref="y domain", yanchor="bottom", xanchor=side)
         fig.add_vline(at, line=MARK, row="all", col=1)
-        fig.add_annotation(text=text, showarrow=False, **above)
-    height = 420 if len(panels) == 1 else 130 + 190 * len(panels)
-    return fig.update_layout(title=dict(text=title, subtitle_text=note), height=height)
+        if len(panels) == 1:  # plotly places a note on a log axis by the logarithm
+            at = math.log10(at) if log_x else at
+            fig.add_annotation(x=at, text=text, showarrow=False, **above)
+        else:  # a legend stands there
+            note = "; ".join(filter(None, [f"dashed: {text}", note]))
+    height = 440 if len(panels) == 1 else 150 + 210 * len(panels)
+    return titled(fig, title, note, height=height)
 
 
 def bars(
@@ -180,18 +200,21 @@ def bars(
         values = {"": values if errors is None else (values, errors)}
     elif errors is not None:
         raise ValueError("errors: with a dict of series, give each series as (values, stderr)")
-    fig, note, names = go.Figure(), "", [str(name) for name in names]
-    for name, series in values.items():
+    fig, note, names = go.Figure(), "", [category(name, len(names)) for name in names]
+    for i, (name, series) in enumerate(values.items()):
         y, stderr = _with_error(series, name or "values", len(names))
         hover = f"%{{x}}<br>{y_label}: %{{y:.3f}}<extra>{name}</extra>"
         errors = dict(array=stderr, thickness=1.5, color="#333")
-        fig.add_bar(x=names, y=y, error_y=errors, name=name, hovertemplate=hover)
+        shape = HATCHES[i % len(HATCHES)]
+        hatch = dict(shape=shape, fillmode="overlay", fgcolor="white", solidity=0.2)
+        look = dict(error_y=errors, marker_pattern=hatch, hovertemplate=hover)
+        fig.add_bar(x=names, y=y, name=name, **look)
         note = note if stderr is None else "error bars: ± one standard error"
     if baseline is not None:
         fig.add_hline(baseline[0], line=MARK, annotation=dict(text=baseline[1], xanchor="right"))
     fig.update_xaxes(title=x_label, type="category")
     fig.update_yaxes(title=y_label, zeroline=True, zerolinecolor="#888")
-    return fig.update_layout(title=dict(text=title, subtitle_text=note), height=420)
+    return titled(fig, title, note, height=440)
 
 
 def scatter(
@@ -221,19 +244,17 @@ def scatter(
     # Far from the middle in either axis, each measured in its own spread.
     far = sum(((v - np.median(v)) / (v.std() or 1)) ** 2 for v in (x, y))
     top = set(np.argsort(-far)[:label_top].tolist())
-    shown = [name if i in top else "" for i, name in enumerate(names)]
+    shown, sides = beside(x, y, {i: names[i] for i in sorted(top, key=lambda i: -far[i])})
     labels = dict(x=x_label, y=y_label)
     fig = px.scatter(x=x, y=y, text=shown, hover_name=names, labels=labels, render_mode="svg")
     hover = f"%{{hovertext}}<br>{x_label}: %{{x:.3f}}<br>{y_label}: %{{y:.3f}}<extra></extra>"
-    sides = ["top center", "middle left", "bottom center", "middle right"]
-    sides = [sides[i % 4] for i in range(len(x))]
     dots = dict(size=8, opacity=0.7, line=dict(width=0.5, color="white"))
     fig.update_traces(hovertemplate=hover, textposition=sides, cliponaxis=False, marker=dots)
     if diagonal:
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         line = dict(mode="lines", line=MARK | dict(color="#999"), zorder=-1, hoverinfo="skip")
         fig.add_scatter(x=ends, y=ends, name="y = x", showlegend=True, **line)
-    return fig.update_layout(title_text=title, height=480)
+    return titled(fig, title, "", height=500)
 
 
 def attention(
@@ -258,9 +279,16 @@ def attention(
     # The local form carries circuitsvis' script (1.3 MB) and needs no network.
     display(HTML(view.cdn_src if static else view.local_src))
     if static:  # GitHub strips the script, so a picture follows
-        title = "Attention (still picture of the view above)"
+        title = f"Attention of {', '.join(names)}"
         words = dict(x_label="source", y_label="destination", value_label="attention", title=title)
         heatmap(dict(zip(names, p, strict=True)), x=tokens, y=tokens, limit=1, **words).show()
+
+
+def _largest(scores: np.ndarray, n: int) -> str:
+    """The heads of the n cells that are farthest from zero."""
+    order = np.argsort(-abs(np.nan_to_num(scores)), axis=None)[:n]
+    where = zip(*np.unravel_index(order, scores.shape), strict=True)
+    return ", ".join(f"L{layer}H{head}" for layer, head in where)
 
 
 def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:
@@ -297,6 +325,6 @@ def _ticks(labels: Sequence | None, n: int, room: int) -> dict:
     """Ticks at whole positions; labels may repeat (tokens do), so they are text, not categories."""
     step = math.ceil(n / max(room, 1))
     if labels is None:
-        return dict(dtick=step)
+        return dict(nticks=min(n, room) + 1, tickformat="d")
     text = [str(label).replace("\n", "\\n").replace("<", "&lt;") for label in labels[::step]]
     return dict(tickvals=list(range(0, n, step)), ticktext=text)

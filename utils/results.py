@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+SIGNS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?"}
 
 
 def read_json(path: str | Path) -> dict:
@@ -41,30 +42,49 @@ def plain(value: float | None) -> float | None:
 
 
 def cells(claim: dict) -> tuple[str, str, str]:
-    """Published figure, our figure and verdict of an entry, as text."""
+    """Verdict with its sign, published figure and our figure of an entry, as text."""
     published = "–" if claim["published"] is None else str(claim["published"])
     if claim["published_model"]:
         published += f" ({claim['published_model']})"
-    return published, _figure(claim), verdict(claim)
+    return f"{SIGNS[claim['verdict']]} {verdict(claim)}", published, _figure(claim)
 
 
 def _figure(claim: dict) -> str:
     measured, stderr, n = claim["measured"], claim["stderr"], claim["n"]
     if measured is None:
         return "–"
-    text = f"{measured:.3g}"
+    text = decimals(measured)
     if stderr is not None:
-        places = min(max(0, 1 - math.floor(math.log10(stderr))), 4) if stderr else 2
-        text = f"{measured:.{places}f} ± {stderr:.{places}f}"
+        text += f" ± {decimals(stderr)}"
     if n is not None:
         text += f" (n = {n}{' seeds' if 'holds_in' in claim else ''})"
     return text
+
+
+def decimals(value: float, places: int = 3) -> str:
+    """A number as people write it: never -0.000, and a true minus sign."""
+    text = f"{value:.{places}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def counts(claims: Iterable[dict]) -> str:
+    """How many claims hold, do not, or are undecided, in one line."""
+    verdicts = [claim["verdict"] for claim in claims]
+    held, failed, open_ = (verdicts.count(v) for v in (HOLDS, FAILS, UNDECIDED))
+    text = f"{held} of {len(verdicts)} claims hold"
+    text += f", {failed} {'do' if failed > 1 else 'does'} not" if failed else ""
+    return text + (f", {open_} {'are' if open_ > 1 else 'is'} undecided" if open_ else "")
 
 
 def verdict(claim: dict) -> str:
     """An entry's verdict in words, with the number of seeds if it was merged over some."""
     seeds = claim.get("holds_in", "").replace("/", " of ")
     return claim["verdict"] + (f" (in {seeds} seeds)" if seeds else "")
+
+
+def role_in_words(role: str) -> str:
+    """A role as people write it: "previous_token" is previous token."""
+    return "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
 
 
 def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:

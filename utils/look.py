@@ -1,0 +1,140 @@
+"""The look of figures: colours, the template, how they are shown, where titles and labels stand."""
+
+import os
+import re
+import textwrap
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from utils.results import role_in_words
+
+# After Okabe and Ito, who keep colours apart for colour-blind readers; darker where theirs have
+# less than 3:1 on white. Lines also differ by dash, bars by hatching.
+COLOURS = ["#0072B2", "#D55E00", "#008A64", "#B8508C", "#A86B00", "#3A87BF", "#6B5900", "#404040"]
+DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+HATCHES = ["", "/", ".", "x"]
+MARK = dict(color="#444", dash="dash", width=1)
+AXIS = dict(gridcolor="#e6e6e6", linecolor="#888", ticks="outside", automargin=True)
+AXIS |= dict(zeroline=False, title_standoff=8)
+# A template of our own is a few hundred bytes; plotly's default adds 7 KB to every stored figure.
+pio.templates["replication"] = go.layout.Template(
+    layout=dict(
+        font=dict(family="Helvetica, Arial, sans-serif", size=13, color="#222"),
+        title=dict(x=0.02, xanchor="left", font_size=17, subtitle_font=dict(size=12, color="#666")),
+        colorway=COLOURS,
+        margin=dict(l=70, r=30, t=82, b=60),
+        legend=dict(orientation="h", yref="container", y=0.01, yanchor="bottom", x=0),
+        xaxis=AXIS,
+        yaxis=AXIS,
+        coloraxis_colorbar=dict(thickness=14, tickformat="~g"),
+        bargap=0.3,
+        hoverlabel_namelength=-1,
+    ),
+    data=dict(heatmap=[dict(xgap=0.5, ygap=0.5)]),
+)
+pio.templates.default = "replication"
+
+
+class Offline(type(pio.renderers["notebook"])):
+    """A figure with plotly's script, and without the one for formulas, which a CDN would send."""
+
+    def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
+        html = super().to_mimebundle(fig_dict)["text/html"]
+        return {"text/html": re.sub(r'<script src="http[^"]*mathjax[^>]*></script>', "", html)}
+
+
+pio.renderers["notebook"] = Offline(config={"responsive": True})
+chosen = pio.renderers.default
+if chosen == "plotly_mimetype" and "PLOTLY_RENDERER" not in os.environ:
+    # That shows nothing where JupyterLab lives in another environment and lacks plotly's extension;
+    # the second form carries its own script. Colab, VS Code and a chosen renderer are left alone.
+    chosen = "plotly_mimetype+notebook"
+pio.renderers.default = chosen  # plotly had made its own before
+PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
+pio.renderers["png"].width, pio.renderers["png"].scale = PNG_WIDTH, 2
+TITLE_WIDTH, NOTE_WIDTH = 40, 56  # letters in a line that fit a phone
+FEW = 16  # measured points up to this number are marked
+
+
+def titled(fig: go.Figure, title: str, note: str, headings: int = 0, *, height: int) -> go.Figure:
+    """Title and the line under it, wrapped so that they fit a phone, with room for them.
+
+    `headings` is the room in pixels of what stands between them and the plot.
+    """
+    text, note = wrapped(title, TITLE_WIDTH), wrapped(note, NOTE_WIDTH)
+    room = 60 + headings + 22 * text.count("<br>") + 18 * (2 + note.count("<br>"))
+    place = dict(yref="container", y=1, yanchor="top", pad_t=24)
+    fig.update_layout(title=dict(text=text, subtitle_text=note, **place))
+    fig.update_layout(margin_t=room, height=height + room - 82)
+    return fig
+
+
+def wrapped(text: str, width: int) -> str:
+    return "<br>".join(textwrap.wrap(text, width))
+
+
+def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dash of each line: heads of a layer share a colour, where dashes suffice."""
+    heads = {name: match for name in names if (match := re.fullmatch(r"L(\d+)H(\d+)", name))}
+    layers = list(dict.fromkeys(match[1] for match in heads.values()))
+    most = max((sum(m[1] == layer for m in heads.values()) for layer in layers), default=0)
+    if not heads or most > len(DASHES):
+        turns = [divmod(i, len(COLOURS)) for i in range(len(names))]
+        looks = [(COLOURS[i], DASHES[(i + turn) % 4]) for turn, i in turns]
+        return dict(zip(names, looks, strict=True))
+    others, looks = [name for name in names if name not in heads], {}
+    for i, name in enumerate(others):
+        looks[name] = COLOURS[(len(layers) + i) % len(COLOURS)], DASHES[i % len(DASHES)]
+    for i, layer in enumerate(layers):
+        for dash, name in zip(DASHES, (n for n, m in heads.items() if m[1] == layer), strict=False):
+            looks[name] = COLOURS[i % len(COLOURS)], dash
+    return looks
+
+
+def category(name: object, n: int) -> str:
+    """A bar's name: no underscores, and wrapped where the bars have room for it."""
+    text = role_in_words(str(name))
+    return "<br>".join(textwrap.wrap(text, 14)) if n <= 12 else text
+
+
+SIDES = {  # where a label may stand: steps to its middle, in widths and heights of the label
+    "top center": (0, 1),
+    "bottom center": (0, -1),
+    "middle right": (0.6, 0),
+    "middle left": (-0.6, 0),
+    "top right": (0.6, 1),
+    "bottom left": (-0.6, -1),
+    "top left": (-0.6, 1),
+    "bottom right": (0.6, -1),
+}
+
+
+def beside(x: np.ndarray, y: np.ndarray, labels: dict[int, str]) -> tuple[list[str], list[str]]:
+    """The text and its side for each point: no label meets another, on a wide page or on a phone.
+
+    `labels` (by point) are placed in turn; what finds no free side is left to hovering.
+    """
+    shown, sides = [""] * len(x), ["top center"] * len(x)
+    taken = []  # (middle on a wide page, middle on a phone, width)
+    for i, label in labels.items():
+        width = 8 * len(label) + 6
+        for side, (right, up) in SIDES.items():
+            middles = []
+            for page in ((700, 260), (200, 260)):
+                at = [
+                    (values[i] - values.min()) / (np.ptp(values) or 1) * size
+                    for values, size in zip((x, y), page, strict=True)
+                ]
+                middles.append((at[0] + right * width, at[1] + up * 15))
+            apart = all(
+                abs(a[0] - b[0]) > (width + wide) / 2 or abs(a[1] - b[1]) >= 15
+                for *others, wide in taken
+                for a, b in zip(middles, others, strict=True)
+            )
+            if apart:
+                shown[i], sides[i] = label, side
+                taken.append((*middles, width))
+                break
+    return shown, sides
