@@ -97,8 +97,10 @@ def back(model: TransformerBridge, found: Circuit, results: dict) -> dict:
         for site, place in reads if role in found else ():
             at = {"site": site, "positions": prompts.positions[place]}
             new = prompts.corrupted["abc"]
-            after = paths.path_patch(model, prompts.tokens, new, metric, found[role], **at)
-            effects = (after - before[:, None, None]) / before.mean().abs()
+            after = paths.path_patch(
+                model, prompts.tokens, new, metric, receivers=found[role], **at
+            )
+            effects = (before[:, None, None] - after) / before.mean().abs()
             passing[f"{role}: {site} at {place}"] = chosen(effects, prompts)
             say(f"{role}, {site} at {place}")
     return {"back": passing}
@@ -111,10 +113,10 @@ def sets(model: TransformerBridge, *names: str) -> list[ioi.IOIPrompts]:
 def chosen(
     effects: Float[Tensor, "prompt layer head"], prompts: ioi.IOIPrompts
 ) -> dict[str, Figures]:
-    """Mean effect of the heads that pass the notebook's rule in either order of the names."""
+    """Mean share lost by the heads that pass the notebook's rule in either order of the names."""
     heads = [
         head
-        for sign in (-1, 1)
+        for sign in (1, -1)
         for head in circuit.select_in_groups(effects, prompts.is_abba, 0.01, sign)
     ]
     return {str(head): figures(estimate(effects[:, head.layer, head.head])) for head in heads}
