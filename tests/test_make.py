@@ -235,8 +235,10 @@ def test_the_workflows_and_the_hook_run_make_targets_that_exist():
     files = [*workflows.glob("*.yml"), ROOT / ".pre-commit-config.yaml"]
     text = "\n".join(file.read_text() for file in files)
     commands = sorted(re.findall(r"^ *(?:- run|entry): (.+)", text, re.MULTILINE))
-    targets = ["lint", "notebooks", "notebooks", "test", "test-nightly"]
+    targets = ["lint", "notebooks", "notebooks", "notebooks", "test", "test-nightly"]
+    *commands, proposing = commands
     assert commands == [f"make {target}" for target in targets]
+    assert proposing == "sh tools/propose_results.sh gpt2-small"
     for command in commands:  # make can say what it would do
         done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True)
         assert done.returncode == 0, done.stderr

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
 import sys
 import types
 from io import BytesIO
@@ -24,7 +26,7 @@ from tools import (
 from tools.results import markdown_table
 from utils import plotting
 from utils.exercises import Exercises
-from utils.results import ROOT, read_json, write_json
+from utils.results import HOLDS, ROOT, read_json, write_json
 
 FILE = BytesIO()
 Image.effect_noise((64, 32), 90).convert("RGB").save(FILE, "PNG")
@@ -230,6 +232,69 @@ def test_readme_command_rewrites_tables_alone_and_each_project_keeps_its_own(pro
     shown = [re.findall(r"L\dH\d", p.read_text()) for p in notebook_outputs.readmes()]
     assert shown == [["L2H2", "L1H1"], ["L1H1"], ["L2H2"]]
     assert notebook_outputs.with_tables(top) == top.read_text()
+
+
+def test_keep_takes_a_models_results_from_the_last_run(project, capsys):
+    write(project, "raise SystemExit")
+    assert notebooks.main(["keep", "gpt2-small"]) == 1
+    assert "got 'gpt2-small', which build/results does not have" in capsys.readouterr().err
+    claim = {"id": "toy.copying", "measured": 0.5, "stderr": None, "n": None, "verdict": HOLDS}
+    ledger = {"model": "gpt2-small", "versions": {}, "heads": {}}
+    for seed, folder in ((0, "build/results/project-1-toy"), (1, "project-1-toy/results")):
+        name = "toy_seeds" if seed else "gpt2-small"
+        data = ledger | {"claims": [claim | {"measured": 0.5 + seed / 10}]}
+        write_json(project.parent / folder / f"{name}.json", {"1": data} if seed else data)
+    assert notebooks.main(["keep", "gpt2-small"]) == 0
+    kept = read_json(project / "results" / "gpt2-small.json")
+    assert kept["claims"][0]["measured"] == 0.55 and kept["claims"][0]["holds_in"] == "2/2"
+
+
+GH = """#!/bin/sh
+echo "gh $*" >> calls.log
+case "$2" in list) cat open 2>/dev/null || echo 0 ;; create) echo 1 > open ;; esac
+"""
+
+
+def test_changed_results_become_one_pull_request(tmp_path):
+    def git(*arguments, of=tmp_path / "here"):
+        done = subprocess.run(["git", "-C", of, *arguments], capture_output=True, check=True)
+        return done.stdout.decode()
+
+    here, python = tmp_path / "here", tmp_path / "here/.venv/bin/python"
+    subprocess.run(["git", "init", "-q", "--bare", tmp_path / "there"], check=True)
+    subprocess.run(["git", "clone", "-q", tmp_path / "there", here], check=True)
+    for path, text in {
+        here / "gh": GH,
+        python: "#!/bin/sh\ncp new project-1-x/results/m.json\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    for name in ("README.md", "project-1-x/README.md", "project-1-x/results/m.json", "new"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("old")
+    (here / ".git/info/exclude").write_text(".venv\ngh\nnew\nopen\ncalls.log\n")
+    git("add", "-A")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "first")
+    main = git("branch", "--show-current").strip()
+
+    def propose(text):
+        (here / "new").write_text(text)
+        git("checkout", "-q", main)
+        path = f"{here}:{os.environ['PATH']}"
+        command = ["sh", ROOT / "tools/propose_results.sh", "m"]
+        subprocess.run(command, cwd=here, env=os.environ | {"PATH": path}, check=True)
+        calls = here / "calls.log"
+        said = calls.read_text() if calls.exists() else ""
+        calls.unlink(missing_ok=True)
+        return re.findall(r"^gh pr (\w+)", said, re.MULTILINE)
+
+    assert propose("old") == []  # nothing new
+    assert propose("newer") == ["list", "create"]
+    assert git("show", "results-m:project-1-x/results/m.json", of=tmp_path / "there") == "newer"
+    assert propose("newest") == ["list"]  # the request is open: it gets the commit
+    assert git("show", "results-m:project-1-x/results/m.json", of=tmp_path / "there") == "newest"
+    assert git("show", f"{main}:project-1-x/results/m.json") == "old"
 
 
 STUB = "@checks.double\ndef double(x):\n    raise NotImplementedError()"

@@ -63,7 +63,7 @@ LINES = {
     "project-2-Indirect-Object-Identification/*_claims.py": 350,
     "tools/*.py": 1900,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 10100,
+    "tests/*.py": 10150,
 }
 ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2320
 

@@ -17,8 +17,8 @@ import nbformat
 from nbformat import NotebookNode
 from PIL import Image
 
+from tools import notebook_run
 from tools.notebook_exercises import mark_checks
-from tools.notebook_run import execute
 from tools.results import PAPERS, markdown_table, summary
 from utils.results import ROOT, merge_seeds, read_json, write_file, write_json
 
@@ -63,6 +63,21 @@ def refresh(paths: list[Path]) -> None:
         write_figures(notebook, path.parent)
 
 
+def keep(model: str) -> None:
+    """Copy the ledgers of a model from the last `make notebooks` beside the committed ones.
+
+    Claims about the toy are pooled over its stored seeds. Raises ValueError where there is none.
+    """
+    found = sorted(notebook_run.BUILD.glob(f"results/*/{model}.json"))
+    if not found:
+        raise ValueError(f"MODEL: got {model!r}, which build/results does not have")
+    for path in found:
+        results = ROOT / path.parent.name / "results"
+        stored = results / SEEDS_FILE
+        seeds = list(read_json(stored).values()) if stored.exists() else []
+        write_json(results / path.name, merge_seeds(read_json(path), seeds))
+
+
 def run_seeds(notebook: NotebookNode, path: Path) -> dict[str, dict]:
     """Ledgers of part A alone, for the other seeds of the toy; empty if there is no part A."""
     part_b = re.compile(r"^# Part B\b", re.MULTILINE)
@@ -82,7 +97,7 @@ def run_seeds(notebook: NotebookNode, path: Path) -> dict[str, dict]:
 def _run(notebook: NotebookNode, path: Path, env: dict[str, str], label: str) -> tuple[str, dict]:
     """Execute and return the model's label and the ledger that the run wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        execute(notebook, path.parent, env | {"MECH_INTERP_RESULTS": folder}, label)
+        notebook_run.execute(notebook, path.parent, env | {"MECH_INTERP_RESULTS": folder}, label)
         written = list(Path(folder).glob("*/*.json"))
         if len(written) != 1:
             raise ValueError(f"{path.name}: wrote {len(written)} ledgers, want one")

@@ -3,6 +3,7 @@
     python -m tools.notebooks run [NAME ...]       execute into build/<name>.ipynb and .html
     python -m tools.notebooks outputs [NAME ...]   rewrite committed outputs, results and tables
     python -m tools.notebooks readme               rewrite the tables of the READMEs alone
+    python -m tools.notebooks keep MODEL ...       keep a run's results beside the committed ones
 
 NAME is a part of a notebook's path, such as "induction"; none means all of them.
 """
@@ -38,11 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("run", "outputs", "readme"))
+    parser.add_argument("command", choices=("run", "outputs", "readme", "keep"))
     parser.add_argument("names", nargs="*", metavar="NAME")
     options = parser.parse_args(arguments)
     try:
-        paths = find_notebooks(options.names)
+        paths = find_notebooks(options.names if options.command != "keep" else None)
         if options.command == "run":
             for path in paths:
                 notebook_run.run(path)
@@ -50,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path += [str(project) for project in ROOT.glob("project-*")]  # their exercises
         from tools import notebook_outputs  # imports torch, which takes seconds: `run` need not
 
+        if options.command == "keep":
+            for model in options.names:
+                notebook_outputs.keep(model)
         if options.command == "outputs":
             from tools import drawings, moving_picture
 
