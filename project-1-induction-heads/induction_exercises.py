@@ -31,6 +31,7 @@ In, Out = Float[Tensor, "d_model d_head"], Float[Tensor, "d_head d_model"]
 SWAPPED = "Clean and corrupted are swapped: run the corrupted prompts, and put clean values in."
 UNEDITED = "The activation comes out as it went in: assign to a part of it, or return your copy."
 PILED_UP = "Your hooks pile up: those of one run must be gone before the next."
+EPSILONS = (1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
 tiny_model = cache(toy.tiny_model)  # what an answer changes in it is put back
 grouped_model = cache(partial(toy.tiny_model, n_layers=3, seed=2, grouped=True))
 
@@ -61,7 +62,8 @@ def _averaged(run: Run, *axes: int) -> Run:
 def _norms(
     model: Model, tokens: Tokens, site="resid_pre", of=lambda x: x.norm(dim=-1).mean()
 ) -> Float[Tensor, "layer"]:
-    return torch.stack([of(x) for x in record(model, tokens, [site]).activations.values()])
+    cache = model.run_with_cache(tokens)[1]
+    return torch.stack([of(cache[f"blocks.{i}.hook_{site}"]) for i in range(model.cfg.n_layers)])
 
 
 stream_norms = EXERCISES.add(
@@ -69,18 +71,34 @@ stream_norms = EXERCISES.add(
     reference=_norms, cases=lambda: {"a small random model": (tiny_model(), _repeats(3, 5)),
                                      "one of three layers": (grouped_model(), _repeats(2, 4))},
     mistakes={
-        "You take the norm of the mean vector; take the norm of each vector, then their mean.":
-            partial(_norms, of=lambda x: x.mean((0, 1)).norm()),
-        "You take one norm of the whole activation; take one of each vector (`dim=-1`).":
-            partial(_norms, of=lambda x: x.norm()),
-        "Your norm runs over positions; a vector lies along the last axis (`dim=-1`).":
-            partial(_norms, of=lambda x: x.norm(dim=1).mean()),
+        "You take the norm of a mean vector; take the norm of each vector, then their mean.":
+            [partial(_norms, of=lambda x, at=at: x.mean(at).norm(dim=-1).mean())
+             for at in ((0, 1), 0, 1)],
+        "You take one norm of the whole activation, or of each prompt; take one of each vector "
+        "(`dim=-1`).": [partial(_norms, of=lambda x: x.norm()),
+                        partial(_norms, of=lambda x: x.norm(dim=(1, 2)).mean())],
+        "Your norm runs over prompts or positions; a vector lies along the last axis (`dim=-1`).":
+            [partial(_norms, of=lambda x, at=at: x.norm(dim=at).mean()) for at in (0, 1)],
+        "You add up absolute values: the norm is the root of the sum of squares.":
+            partial(_norms, of=lambda x: x.norm(p=1, dim=-1).mean()),
+        "You take the root last: take the root for each vector, then the mean.":
+            partial(_norms, of=lambda x: x.square().sum(-1).mean().sqrt()),
         "You leave out the root: a norm is the root of the sum of squares.":
             partial(_norms, of=lambda x: x.square().sum(-1).mean()),
         "You measure the stream after each layer; wanted is before it, at `hook_resid_pre`.":
             partial(_norms, site="resid_post"),
-        "You keep the last position only; take the mean over all positions.":
-            partial(_norms, of=lambda x: x[:, -1].norm(dim=-1).mean()),
+        "You measure in the middle of the layer, or what is added to the stream; wanted is the "
+        "stream before the layer, at `hook_resid_pre`.": [
+            partial(_norms, site=site) for site in ("resid_mid", "attn_out", "mlp_out")],
+        "You keep one position only; take the mean over all positions.":
+            [partial(_norms, of=lambda x, i=i: x[:, i].norm(dim=-1).mean()) for i in (-1, 0)],
+        "You leave the start token out; take the mean over all positions.":
+            partial(_norms, of=lambda x: x[:, 1:].norm(dim=-1).mean()),
+        "You keep one prompt only; take the mean over all prompts.":
+            [partial(_norms, of=lambda x, i=i: x[i].norm(dim=-1).mean()) for i in (0, -1)],
+        "You take the largest norm or the one in the middle; take the mean of all.":
+            [partial(_norms, of=lambda x: x.norm(dim=-1).max()),
+             partial(_norms, of=lambda x: x.norm(dim=-1).median())],
 })  # fmt: skip
 
 
@@ -97,7 +115,8 @@ per_token_loss = EXERCISES.add(
                    "large logits": (40 * _randn(3, 6, 7), _randint(7, 3, 6, seed=1))},
     mistakes={
         "You compare each prediction with the token at its own position; the logits at position i "
-        "predict the token at i + 1.": partial(_loss, predicting=slice(1, None)),
+        "predict the token at i + 1.": [
+            partial(_loss, predicting=slice(1, None)), partial(_loss, predicted=slice(0, -1))],
         "You return a loss for every position; nothing predicts the first token, and the logits at "
         "i predict the token at i + 1.": partial(_loss, predicting=ALL, predicted=ALL),
         "You shift the wrong way: the logits at position i predict the token at i + 1, not i - 1.":
@@ -105,21 +124,33 @@ per_token_loss = EXERCISES.add(
         "You take the logits themselves; turn them into log-probabilities first (log_softmax over "
         "the vocabulary).": partial(_loss, log_p=lambda x: x),
         "You take the softmax without its logarithm: the loss is -log p, not -p.":
-            partial(_loss, log_p=lambda x: x.softmax(-1)),
-        "You add a small number before the logarithm, which changes large losses; log_softmax "
-        "needs none.": partial(_loss, log_p=lambda x: (x.softmax(-1) + 1e-8).log()),
-        "Your softmax runs over positions; probabilities must sum to one over the vocabulary.":
-            partial(_loss, log_p=lambda x: x.log_softmax(1)),
+            [partial(_loss, log_p=lambda x, a=a, b=b: a + b * x.softmax(-1))
+             for a, b in ((0, 1), (0, -1), (-1, 1))],
+        "You add a small number before the logarithm, or cut small probabilities off, which "
+        "changes large losses; log_softmax needs none.": [
+            *(partial(_loss, log_p=lambda x, e=e: (x.softmax(-1) + e).log()) for e in EPSILONS),
+            *(partial(_loss, log_p=lambda x, e=e: x.softmax(-1).clamp(e).log()) for e in EPSILONS)],
+        "Your softmax runs over positions or prompts; probabilities must sum to one over the "
+        "vocabulary.": [partial(_loss, log_p=lambda x, at=at: x.log_softmax(at)) for at in (0, 1)],
+        "You take a softmax twice: log_softmax takes the logits themselves.":
+            partial(_loss, log_p=lambda x: x.softmax(-1).log_softmax(-1)),
+        "You subtract the largest or the mean logit; subtract the `logsumexp` of all of them.":
+            [partial(_loss, log_p=lambda x: x - x.amax(-1, keepdim=True)),
+             partial(_loss, log_p=lambda x: x - x.mean(-1, keepdim=True))],
+        "You look at the likeliest token; wanted is the loss of the token that came.":
+            lambda logits, tokens: _loss(logits, pad(logits.argmax(-1)[:, :-1], (1, 0))),
+        "You average over the vocabulary; wanted is the loss of the token that came.":
+            lambda x, tokens: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)[:, :-1],
 })  # fmt: skip
 
 
 def _repeated(
     pool: Int[Tensor, "token"], start: int, n_prompts: int, seq_len: int, seed: int,
-    of=lambda copy: copy.repeat(1, 2),
+    of=lambda copy: copy.repeat(1, 2), taken=lambda order, n: order[:, :n],
 ) -> Tokens:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(len(pool), generator=generator) for _ in range(n_prompts)]
-    return pad(of(pool[torch.stack(order)[:, :seq_len]]), (1, 0), value=start)
+    return pad(of(pool[taken(torch.stack(order), seq_len)]), (1, 0), value=start)
 
 
 def _drawn_anew(pool: Tensor, start: int, n: int, seq_len: int, seed: int) -> Tensor:
@@ -141,7 +172,30 @@ build_repeats = EXERCISES.add(
             lambda pool, start, n, *args: _repeated(pool, start, 1, *args).repeat(n, 1),
         "You return places in the pool; look the tokens up, `pool[places]`.":
             lambda pool, *args: (_repeated(torch.arange(len(pool)), *args)),
-        "You ignore `seed`: hand it to the generator.": lambda *args: _repeated(*args[:4], 0),
+        "You ignore `seed`: hand it to the generator.": [
+            partial(lambda seed, *args: _repeated(*args[:4], seed), seed)
+            for seed in (0, 1, 42, torch.Generator().initial_seed())],
+        "You take the last tokens of each shuffle; take the first `seq_len`.":
+            partial(_repeated, taken=lambda order, n: order[:, -n:]),
+        "You sort the tokens; take them in the order of the shuffle.":
+            partial(_repeated, taken=lambda order, n: order[:, :n].sort().values),
+        "You make a generator for each prompt; make one, before the loop over prompts.":
+            lambda pool, start, n, seq_len, seed: torch.cat(
+                [_repeated(pool, start, 1, seq_len, seed + i) for i in range(n)]),
+        "You shuffle once and cut it up; shuffle the whole pool again for each prompt.":
+            lambda pool, start, n, seq_len, seed: _repeated(
+                pool, start, 1, n * seq_len, seed, of=lambda x: x.view(n, -1).repeat(1, 2)),
+        "You shuffle the first tokens of the pool; shuffle the whole pool, then take the first.":
+            lambda pool, start, n, seq_len, seed: _repeated(
+                pool[:seq_len], start, n, seq_len, seed),
+        "Your second copy runs backwards; it is the same as the first.":
+            partial(_repeated, of=lambda copy: torch.cat([copy, copy.flip(1)], 1)),
+        "There are too many copies; the tokens come twice.":
+            partial(_repeated, of=lambda copy: copy.repeat(1, 3)),
+        "A start token stands before each copy; there is one, before the first.":
+            lambda *args: _repeated(*args, of=lambda copy: copy).repeat(1, 2),
+        "You take one token more or less than `seq_len`.": [
+            partial(_repeated, taken=lambda order, n, by=by: order[:, : n + by]) for by in (1, -1)],
 })  # fmt: skip
 
 
@@ -170,8 +224,21 @@ stripe_scores = EXERCISES.add(
         "begins at position `1 + seq_len`.": partial(_stripes, same=(0, -1), after=(-1, -1)),
         "For the previous token you read the main diagonal: each token's attention to itself.":
             partial(_stripes, previous=(0, 0)),
+        "For the previous token you look two back; it stands one back.":
+            partial(_stripes, previous=(2, 2)),
         "For the previous token you leave positions out: only the first has none.":
-            lambda p, seq_len: _stripes(p, seq_len, previous=(1, seq_len + 1)),
+            [partial(lambda at, p, n: _stripes(p, n, previous=(1, at(n))), at)
+             for at in (lambda n: n + 1, lambda n: 2)],
+        "For induction you look one further back than the copy; the token after it is one "
+        "position less far back.": partial(_stripes, after=(1, 0)),
+        "Your averages start one position late: the second copy begins at `1 + seq_len`.":
+            partial(_stripes, same=(0, 1), after=(-1, 1)),
+        "You average over one copy alone; take all copies but the first.":
+            [lambda p, n: torch.cat([_stripes(p, n)[..., :1], _stripes(
+                p[..., : 1 + 2 * n, : 1 + 2 * n], n)[..., 1:]], -1),
+             lambda p, n: _stripes(p[..., : 1 + 2 * n, : 1 + 2 * n], n),
+             lambda p, n: torch.cat([_stripes(p, n)[..., :1], _stripes(
+                 p[..., -1 - 2 * n :, -1 - 2 * n :], n)[..., 1:]], -1)],
         "Your axes `dest` and `src` are the wrong way round: looking back means a diagonal below "
         "the main one.": lambda pattern, seq_len: _stripes(pattern.mT, seq_len),
 })  # fmt: skip

@@ -1,5 +1,6 @@
 """In what an answer differs from the right one, in words: axis, sign, scale, position or step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 from numbers import Number
@@ -50,7 +51,7 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
         got, want = got.double(), want.double()
     if close(got, want):
         return None
-    names = list(axes) if len(axes) == want.ndim else [f"axis {i}" for i in range(want.ndim)]
+    names = _names(axes, want.ndim)
     if got.shape != want.shape:
         reason = next(_of_shape(got, want, names), "")
         return f"Your result has shape {list(got.shape)}, wanted is {wanted}. {reason}".strip()
@@ -62,6 +63,14 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
     if lost := int((got.isinf() & ~want.isinf()).sum()):
         return f"{lost} of {got.numel()} values are infinite, as after log(0) or a division by 0."
     return kind_of_slip(got, want, names) or _size(got, want)
+
+
+def _names(axes: Sequence[str], n: int) -> list[str]:
+    """A name for each of `n` axes; for those of `*rest`, and where nothing fits, its number."""
+    named = [*axes[:-1]] if axes and axes[-1].startswith("*") else [*axes]
+    fits = len(named) == n or (len(named) < n and len(named) < len(axes))
+    named = named if fits else []
+    return named + [f"axis {i}" for i in range(len(named), n)]
 
 
 def kind_of_slip(got: Tensor, want: Tensor, names: Sequence[str] = ()) -> str | None:
@@ -76,6 +85,12 @@ def _of_shape(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
     """Why the shape is another one."""
     if close(got.squeeze(), want.squeeze()):
         yield "An axis of length one is too many or missing: squeeze or unsqueeze it."
+    if want.ndim and not got.ndim:
+        for what, value in (("average over", want.mean()), ("sum over", want.sum())):
+            if close(got, value):
+                yield f"You {what} everything; keep one value for each {' and '.join(names)}."
+    if close(got.flatten(), want.flatten()):
+        yield "The right values, strung together: give them their axes (`unflatten`, `reshape`)."
     for dim in range(got.ndim):
         if close(got.mean(dim), want):
             yield f"Your values are right one by one: average over axis {dim} of your result."
@@ -125,7 +140,7 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
                 yield f"Your result is transposed: {names[one]} and {names[other]} are exchanged."
         for dim, name in enumerate(names):
             yield from _along(got, want, dim, name)
-        yield from _part(got, want, names)
+        yield from _part(got, want, names, most=1 / 3)
         centred, right = got - got.mean(), want - want.mean()
         if close(got - want, (got - want).mean().expand_as(got)):
             yield f"All your values are off by the same {(got - want).mean():.3g}."
@@ -135,8 +150,12 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
         slope = (centred * right).sum() / (right * right).sum().clamp(min=1e-12)
         if want.numel() > 2 and slope.abs() > 1e-3 and close(centred, slope * right):
             yield f"Yours are {slope:.3g} times the right values, and moved: scale and zero differ."
+        for dim, name in enumerate(names):
+            yield from _by_entry(got, want, dim, name)
         if close(got.flatten().sort().values, want.flatten().sort().values):
             yield "The right values, in the wrong places."
+        if want.ndim > 1:  # of single values one may be right by chance
+            yield from _part(got, want, names, most=1)
 
 
 def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
@@ -158,24 +177,60 @@ def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
         yield f"You average over {name}; keep one value for each."
     if close(got, want - mean):
         yield f"You subtract the mean over {name}."
+    if (order := _order(got, want, dim)) and n <= 10:
+        yield _in_order(order, name)
     if close(got, want.softmax(dim)):
         yield f"You take a softmax over {name}."
     if close(got, want / want.sum(dim, keepdim=True)):
         yield f"You divide by the sum over {name}."
 
 
-def _part(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
-    """Right in some places alone: which axis tells them from the rest."""
+def _order(got: Tensor, want: Tensor, dim: int) -> list[int]:
+    """Which entry of the right values each of these along an axis is; none if any is not one."""
+    right = want.unbind(dim)
+    found = [[i for i, one in enumerate(right) if close(x, one)] for x in got.unbind(dim)]
+    return [at[0] for at in found] if all(found) else []
+
+
+def _in_order(order: list[int], name: str) -> str:
+    if len(set(order)) > 1:
+        wanted = ", ".join(map(str, range(len(order))))
+        return f"Along {name} you have {', '.join(map(str, order))}; wanted is the order {wanted}."
+    last = order[0] == len(order) - 1
+    return f"You have the value of {name} {order[0]} for each {name}" + (
+        ": does your hook use a loop's variable, which has its last value by then?" if last else "."
+    )
+
+
+def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[str]:
+    """Wrong in a share of the entries along an axis, at most: which these are."""
     wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4, equal_nan=True)
     for dim, name in enumerate(names):
         other = [d for d in range(want.ndim) if d != dim]
         at = wrong.flatten() if want.ndim == 1 else wrong.amax(other) if other else wrong
         at = at.bool().nonzero().flatten().tolist()
-        if 0 < 3 * len(at) <= want.shape[dim]:
-            where = f"{name} {', '.join(map(str, at))}" + (
-                " (the last)" * (at == [want.shape[dim] - 1])
-            )
-            yield f"Right but for {where}, counted from 0."
+        right = [i for i in range(want.shape[dim]) if i not in at]
+        few, last = min(at, right, key=len), want.shape[dim] - 1
+        if not (at and right and len(at) <= most * want.shape[dim] and len(few) <= 4):
+            continue
+        where = f"{name} {', '.join(map(str, few))}" + " (the last)" * (few == [last])
+        told = f"Right but for {where}"
+        if few is right:
+            zero = not got.index_select(dim, torch.tensor(at)).any()
+            told = f"Right for {where} alone" + "; the rest is zero" * zero
+        yield f"{told}, counted from 0."
+
+
+def _by_entry(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
+    """Something of its own added to each entry along an axis, or each multiplied by its own."""
+    rest, gap = [d for d in range(want.ndim) if d != dim], got - want
+    if not rest or want.numel() < 3 * want.shape[dim]:
+        return
+    factors = (got * want).sum(rest, True) / (want * want).sum(rest, True).clamp(min=1e-12)
+    for what, by in (("multiplied by", factors), ("off by", gap.mean(rest, True))):
+        if close(got, want * by if by is factors else want + by) and by.abs().min() > 1e-3:
+            told = ", ".join(f"{x:.3g}" for x in by.flatten()[:4].tolist())
+            yield f"The values of each {name} are {what} a number of its own ({told}, ...)."
 
 
 def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:
@@ -184,6 +239,9 @@ def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:
             return f"Your values are {n} times too small: divided by the number of {name}?"
         if n > 2 and abs(factor / n - 1) < 1e-3:
             return f"Your values are {n} times too large: a sum for a mean over {name}?"
+    for base in (2, 10):
+        if abs(abs(factor) * math.log(base) - 1) < 1e-3:
+            return f"Your logarithm is to base {base}; take the natural one (`log`)."
     kind = "too large" if abs(factor) > 1 else "too small"
     times = abs(factor) if abs(factor) > 1 else 1 / abs(factor)
     sign = ", and the signs are turned round" if factor < 0 else ""

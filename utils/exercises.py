@@ -11,7 +11,7 @@ A notebook's exercises stand beside it, in `<project>/<notebook>_exercises.py`:
         part="A1",
         reference=heads.induction_score,                   # the library's version
         cases=lambda: {"1 + 2 x 5 tokens": (pattern, 5)},  # label -> arguments
-        mistakes={                                         # what to tell -> a function that errs so
+        mistakes={                   # what to tell -> a function that errs so, or a list of them
             "You look at the copied token itself, ...": lambda pattern, seq_len: ...,
         },
     )
@@ -30,7 +30,7 @@ the right one would condemn right answers: `Exercise.problems()` lists such slip
 
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -88,7 +88,7 @@ class Exercise:
     part: str
     reference: Callable
     cases: Callable[[], Mapping[str, tuple]]  # built when first needed
-    mistakes: Mapping[str, Callable] = field(default_factory=dict)
+    mistakes: Mapping[str, Callable | list[Callable]] = field(default_factory=dict)
     run: Callable | None = None
     state: str = UNTRIED
     checking: bool = False
@@ -138,11 +138,16 @@ class Exercise:
             found = [] if self._wanted else [f"{self}: no cases"]
         except Exception as error:
             return [f"{self}: the reference does not pass: {error}"]
-        for message, wrong in self.mistakes.items():
+        for message, wrong in self._slips():
             told = self._what_is_wrong(wrong)
             if told != message:
                 found.append(f"{self}: mistake {message!r} is told {told!r}")
         return found
+
+    def _slips(self) -> Iterator[tuple[str, Callable]]:
+        """What to tell, and a function that errs so, one at a time."""
+        for message, wrong in self.mistakes.items():
+            yield from ((message, one) for one in (wrong if isinstance(wrong, list) else [wrong]))
 
     @cached_property
     def _inputs(self) -> dict[str, tuple]:
@@ -209,7 +214,7 @@ class Exercise:
         differences = self._differences(outputs, wanted)
         if not differences:
             return None
-        for message, wrong in self.mistakes.items():
+        for message, wrong in self._slips():
             try:
                 with contained(CHECK_SECONDS):
                     same = not self._differences(outputs, self._outputs(wrong))
@@ -369,9 +374,9 @@ class Exercises:
         options: Sequence[str] = (),
         mine: str | float | None = None,
     ) -> None:
-        """Print the question and note the guess: the letter of an option, or a number if none.
+        """Print the question and note the guess: a letter, or a number where there are no options.
 
-        Nothing depends on it. A guess that is neither is told so; nothing is raised.
+        "b", "B", "b)" and the option's own text will do. Nothing depends on it, nothing is raised.
         """
         print(question)
         letters = "abcdefgh"[: len(options)]
@@ -380,6 +385,9 @@ class Exercises:
         wanted = f"one of {', '.join(letters)}" if options else "a number"
         self.guesses.setdefault(question, None)
         guess = mine.strip().lower() if isinstance(mine, str) else mine
+        if options and isinstance(guess, str):
+            texts = [option.strip().lower() for option in options]
+            guess = letters[texts.index(guess)] if guess in texts else guess.rstrip(").: ")
         fits = guess in tuple(letters) if options else isinstance(guess, Number)
         if mine is None:
             print(f"Your guess: write {wanted} after `mine=` and run the cell again, then look.")
@@ -387,7 +395,8 @@ class Exercises:
             self.guesses[question] = guess
             print(f"Noted: {guess}. Now look.")
         else:
-            print(f"mine={mine!r} is no guess: write {wanted}.")
+            written = "a letter in quotes or the option's text, " if options else ""
+            print(f"mine={mine!r} is no guess: write {written}{wanted}.")
 
     def progress(self) -> pd.DataFrame:
         """Print what is solved, part by part, and what to try next; return the table."""
