@@ -154,8 +154,7 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
             yield from _by_entry(got, want, dim, name)
         if close(got.flatten().sort().values, want.flatten().sort().values):
             yield "The right values, in the wrong places."
-        if want.ndim > 1:  # of single values one may be right by chance
-            yield from _part(got, want, names, most=1)
+        yield from _part(got, want, names, most=1)
 
 
 def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
@@ -217,6 +216,8 @@ def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[
         told = f"Right but for {where}"
         if few is right:
             zero = not got.index_select(dim, torch.tensor(at)).any()
+            if want.ndim == 1 and not zero:  # of single values one may be right by chance
+                continue
             told = f"Right for {where} alone" + "; the rest is zero" * zero
         yield f"{told}, counted from 0."
 

@@ -92,6 +92,7 @@ class Exercise:
     run: Callable | None = None
     state: str = UNTRIED
     checking: bool = False
+    slips: dict[Callable, dict] = field(default_factory=dict)  # outputs of mistakes
 
     def __call__(self, answer: Callable) -> Callable:
         """Print one line (right, not attempted yet, or what is wrong); never raises.
@@ -148,6 +149,16 @@ class Exercise:
         """What to tell, and a function that errs so, one at a time."""
         for message, wrong in self.mistakes.items():
             yield from ((message, one) for one in (wrong if isinstance(wrong, list) else [wrong]))
+
+    def _known(self, wrong: Callable) -> dict[str, object]:
+        """A mistake's output, computed once; empty if it fails on a case: no answer can be it."""
+        if wrong not in self.slips:
+            try:
+                with contained(CHECK_SECONDS):
+                    self.slips[wrong] = self._outputs(wrong)
+            except Exception:
+                self.slips[wrong] = {}
+        return self.slips[wrong]
 
     @cached_property
     def _inputs(self) -> dict[str, tuple]:
@@ -215,12 +226,8 @@ class Exercise:
         if not differences:
             return None
         for message, wrong in self._slips():
-            try:
-                with contained(CHECK_SECONDS):
-                    same = not self._differences(outputs, self._outputs(wrong))
-            except Exception:  # a mistake that fails on a case cannot be what the learner has
-                continue
-            if same:
+            known = self._known(wrong)
+            if known and not self._differences(outputs, known):
                 return message
         if text := self._in_all_cases(outputs, wanted):
             return text
