@@ -777,6 +777,9 @@ def _planted() -> tuple[Model, Tensor]:
     raises = (model.W_U.T - model.W_U.mean(1))[tokens[:, 1:]].flatten(0, 1).detach()
     v = record(model, tokens, ["v"]).activations["blocks.1.attn.hook_v"][:, 1:].flatten(0, 1)
     with torch.no_grad():
+        model.blocks[1].attn.W_O[1] += 0.3 * _randn(
+            8, 24
+        )  # what it writes has a mean, as in others
         for head, sign in ((0, 1), (2, -1)):
             model.blocks[1].attn.W_O[head] = sign * torch.linalg.lstsq(v[:, head], raises).solution
     return model, tokens
@@ -863,17 +866,17 @@ def _run_experiment(answer: Callable, model: Model, tokens, others, chosen, seed
         losses = torch.stack([*results[0][0]])
         draws = [[(int(layer), int(head)) for layer, head in out] for _, out in results]
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return {"losses": expected, "fault": 1.0}
+        return {"the losses": expected, "the control": 1.0}
     same_layers = [sorted(la for la, _ in out) == sorted(la for la, _ in chosen) for out in draws]
     fresh = [len({*out} - {tuple(head) for head in chosen}) == len(out) for out in draws]
     seeded = draws[0] == draws[1], any(out != draws[0] for out in draws)
     rules = (True, all(same_layers), all(fresh), *seeded)
     if not all(rules):
-        return {"losses": expected, "fault": 1.0 + rules.index(False)}
+        return {"the losses": expected, "the control": 1.0 + rules.index(False)}
     if losses.shape == expected.shape:
         right = _experiment(model, tokens, others, chosen, seed, control=lambda *_: draws[0])[0]
         losses = torch.cat([losses[:2], losses[2:] * expected[2] / right[2]])
-    return {"losses": losses, "fault": 0.0}
+    return {"the losses": losses, "the control": 0.0}
 
 
 def _unseeded(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:

@@ -278,6 +278,12 @@ def prefix_by_places(pattern, tokens):
     )
 
 
+def prefix_by_sources(pattern, tokens):
+    """As many places stand after a copy that comes again as destinations have one."""
+    after = (tokens[:, :, None] == tokens[:, None]).tril(-1).roll(1, -1)
+    return (pattern * after[:, None]).sum((2, 3)) / after.any(1).sum(-1, keepdim=True)
+
+
 # The sharpest drop
 
 
@@ -800,6 +806,7 @@ RIGHT = {
         loss_by_loop,
         loss_by_one_hot,
         loss_by_index,
+        lambda x, t: -torch.distributions.Categorical(logits=x[:, :-1]).log_prob(t[:, 1:]),
         lambda x, t: -x.double().log_softmax(-1)[:, :-1].gather(2, t[:, 1:, None]).squeeze(2),
     ],
     "build_repeats": [
@@ -829,6 +836,7 @@ RIGHT = {
         prefix_by_columns,
         prefix_by_row,
         prefix_by_places,
+        prefix_by_sources,
     ],
     "sharpest_drop": [
         drop_by_loop,
@@ -986,7 +994,7 @@ WRONG = [
     ("icl_score", lambda x, e, late, w: icl_by_loop(x, e, late, w).mean(), "average over prompt"),
     ("copying_of_head", lambda *a: -copying_by_loop(*a), "signs are turned round"),
     ("ablate_head", lambda z, hook, head, value: z[:, :, head], "Your result has shape"),
-    ("ablation_experiment", lambda *a: runs_exchanged(*experiment(*a)), "Right for run 2"),
+    ("ablation_experiment", lambda *a: runs_exchanged(*experiment(*a)), "you have 1, 0, 2"),
     ("normalised_effect", lambda p, c, k: effect_by_loop(p, c, k).clamp(0, 1), "between 0 and 1"),
     ("patch_every_head", lambda *a: sweep_by_loop(*a).mT, "wanted is [3, 2, 3]"),
     ("patch_head_input", lambda x, hook, c, h, n: x[:, :, h % x.shape[2]], "Your result has shape"),

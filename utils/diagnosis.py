@@ -85,7 +85,7 @@ def _of_shape(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
     """Why the shape is another one."""
     if close(got.squeeze(), want.squeeze()):
         yield "An axis of length one is too many or missing: squeeze or unsqueeze it."
-    if want.ndim and not got.ndim:
+    if want.ndim > 1 and not got.ndim:
         for what, value in (("average over", want.mean()), ("sum over", want.sum())):
             if close(got, value):
                 yield f"You {what} everything; keep one value for each {' and '.join(names)}."
@@ -176,7 +176,7 @@ def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
         yield f"You average over {name}; keep one value for each."
     if close(got, want - mean):
         yield f"You subtract the mean over {name}."
-    if (order := _order(got, want, dim)) and n <= 10:
+    if n <= 10 and (order := _order(got, want, dim)):
         yield _in_order(order, name)
     if close(got, want.softmax(dim)):
         yield f"You take a softmax over {name}."
