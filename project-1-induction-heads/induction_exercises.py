@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge as Model
 
 from utils import ablation, heads, metrics, prompts, toy, weights
 from utils.edits import Run, heads_from, hooks, record
-from utils.exercises import Exercises, hook_point, run_hook, set_at
+from utils.exercises import Exercises, NotRight, hook_point, run_hook, set_at
 from utils.learner import Watched
 
 EXERCISES = Exercises()
@@ -755,18 +755,18 @@ icl_score = EXERCISES.add(
 def _copies(
     model: Model, tokens: Tokens, layer: int, head: int,
     start=1, positive=torch.relu, weigh=lambda attention: attention.sum(1),
-    own=0, per_source=False, write=0,
+    own=0, write=0, raised_from=None,
+    share=lambda a, r, own: (a * own).sum(1) / (a * r.sum(2)).sum(1),
 ) -> Prompts:  # fmt: skip
     run, reads = record(model, tokens, ["pattern", "v"]), heads.key_value_head(model, (layer, head))
     pattern, v = (run.activations[f"blocks.{layer}.attn.hook_{s}"] for s in ("pattern", "v"))
     seen = weigh(pattern[:, head])[:, start:]  # [prompt src]
     written = v[:, start:, reads.head] @ model.blocks[layer].attn.W_O[head - write]
-    raises = model.W_U.T[tokens[:, start:]] - model.W_U.mean(1)
+    raised_from = start if raised_from is None else raised_from
+    raises = model.W_U.T[tokens[:, raised_from:]] - model.W_U.mean(1)
     raised = positive(written @ raises.mT)  # [prompt src token]
-    right, every = pad(raised, (1, 1)).diagonal(1 + own, **MAIN), raised.sum(2)
-    if per_source:
-        return 2 * (seen * right / every.clamp(1e-9)).sum(1) / seen.sum(1) - 1
-    return 2 * (seen * right).sum(1) / (seen * every).sum(1) - 1
+    right = pad(raised, (1, 1)).diagonal(1 + own + start - raised_from, **MAIN)
+    return 2 * share(seen, raised, right) - 1
 
 
 @cache
@@ -774,12 +774,13 @@ def _planted() -> tuple[Model, Tensor]:
     """A model in which head 0 of layer 1 copies, head 1 does not and head 2 suppresses."""
     model = toy.tiny_model(seed=1)
     tokens = prompts.repeated_tokens(model, 3, 9, n_repeats=1, seed=2)
+    with torch.no_grad():  # as where norms subtract no mean
+        noise = 0.3 * _randn(*model.W_U.shape)
+        model.W_U.add_(noise - noise.mean(1, keepdim=True))
+        model.blocks[1].attn.W_O[1] += 0.3 * _randn(*model.W_O.shape[2:])
     raises = (model.W_U.T - model.W_U.mean(1))[tokens[:, 1:]].flatten(0, 1).detach()
     v = record(model, tokens, ["v"]).activations["blocks.1.attn.hook_v"][:, 1:].flatten(0, 1)
     with torch.no_grad():
-        model.blocks[1].attn.W_O[1] += 0.3 * _randn(
-            8, 24
-        )  # what it writes has a mean, as in others
         for head, sign in ((0, 1), (2, -1)):
             model.blocks[1].attn.W_O[head] = sign * torch.linalg.lstsq(v[:, head], raises).solution
     return model, tokens
@@ -793,7 +794,8 @@ copying_of_head = EXERCISES.add(
     } | {"values that two heads share": (grouped_model(), _repeats(3, 9, 1), 1, 2)},
     mistakes={
         "The start token is part of your sample; leave it out, as source and as token raised.":
-            partial(_copies, start=0),
+            [partial(_copies, start=start, raised_from=raised)
+             for start, raised in ((0, 0), (0, 1), (1, 0))],
         "You count what the head lowers too, or square; set raises below zero to zero.":
             [partial(_copies, positive=of) for of in (lambda x: x, torch.abs, torch.square)],
         "You leave the attention out; each source counts as much as the head attends to it (the "
@@ -806,7 +808,16 @@ copying_of_head = EXERCISES.add(
         "You ask for the token after or before the source; a head copies the source itself.":
             [partial(_copies, own=by) for by in (1, -1)],
         "You average each source's own share; divide the sum over sources by the sum.":
-            partial(_copies, per_source=True),
+            partial(_copies, share=lambda a, r, own: (
+                a * own / r.sum(2).clamp(1e-9)).sum(1) / a.sum(1)),
+        "You weigh by the attention above or below the line alone; it stands in both sums.": [
+            partial(_copies, share=lambda a, r, own: (a * own).sum(1) / r.sum((1, 2))),
+            partial(_copies, share=lambda a, r, own: own.sum(1) / (a * r.sum(2)).sum(1))],
+        "Sources and tokens are exchanged below the line: weigh sources, sum over tokens raised.":
+            partial(_copies, share=lambda a, r, own: (a * own).sum(1) / (a * r.sum(1)).sum(1)),
+        "Below the line the source's own token is missing; sum over all tokens of the prompt.":
+            partial(_copies, share=lambda a, r, own: (a * own).sum(1) / (
+                a * (r.sum(2) - own)).sum(1)),
         "You take another head's W_O: the head's own is `W_O[head]`.":
             partial(_copies, write=1),
         "You take the attention of the last position; sum over all destinations.":
@@ -855,41 +866,40 @@ def _experiment(
     return torch.stack([x[:, max(n + left_out, 0) : end].mean(1) for x in losses]), drawn
 
 
-def _run_experiment(answer: Callable, model: Model, tokens, others, chosen, seed) -> dict:
-    """What the answer measured, and what is wrong with its control, which is judged first.
+PAIR = "Return two things: the losses, and then the control's heads as pairs (layer, head)."
+CONTROL = (
+    "Your control must have as many heads as are chosen, one from the layer of each.",
+    "Your control holds chosen heads, or a head twice; draw others, each once.",
+    "Your control changes from call to call: draw it with a generator that has `seed`.",
+    "Your control is the same for every seed; hand `seed` to the generator.",
+)
 
-    Any random numbers will do; the control's loss is given as if it were the library's control.
+
+def _run_experiment(
+    answer: Callable, model: Model, tokens: Tokens, others: Tokens, chosen: Heads, seed: int
+) -> Float[Tensor, "run prompt"]:
+    """What the answer measured. The control is judged first: any random numbers will do.
+
+    Its loss is given as if it were the library's control. Raises NotRight for another pair.
     """
     expected = _experiment(model, tokens, others, chosen, seed)[0]
-    results = [answer(model, tokens, others, chosen, s) for s in (seed, seed, 7, 8)]
+    seeds = (*[seed] * 4, 7, 8)  # without one, four draws are hardly the same
+    results = [answer(model, tokens, others, chosen, s) for s in seeds]
     try:
         losses = torch.stack([*results[0][0]])
         draws = [[(int(layer), int(head)) for layer, head in out] for _, out in results]
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return {"the losses": expected, "the control": 1.0}
-    same_layers = [sorted(la for la, _ in out) == sorted(la for la, _ in chosen) for out in draws]
+        raise NotRight(PAIR) from None
+    layers = [sorted(la for la, _ in out) == sorted(la for la, _ in chosen) for out in draws]
     fresh = [len({*out} - {tuple(head) for head in chosen}) == len(out) for out in draws]
-    seeded = draws[0] == draws[1], any(out != draws[0] for out in draws)
-    rules = (True, all(same_layers), all(fresh), *seeded)
-    if not all(rules):
-        return {"the losses": expected, "the control": 1.0 + rules.index(False)}
+    seeded = all(out == draws[0] for out in draws[:4]), any(out != draws[0] for out in draws)
+    for holds, sentence in zip((all(layers), all(fresh), *seeded), CONTROL, strict=True):
+        if not holds:
+            raise NotRight(sentence)
     if losses.shape == expected.shape:
         right = _experiment(model, tokens, others, chosen, seed, control=lambda *_: draws[0])[0]
         losses = torch.cat([losses[:2], losses[2:] * expected[2] / right[2]])
-    return {"the losses": losses, "the control": 0.0}
-
-
-def _unseeded(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:
-    return ablation.random_control(model, chosen, 1, int(torch.randint(10**6, ())))[0]
-
-
-def _any_layer(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:
-    left = [head for head in heads.all_heads(model) if head not in chosen]
-    return [left[(seed + 1 + i) % len(left)] for i in range(len(chosen))]
-
-
-def _among_them(model: Model, chosen: Heads, n: int, seed: int) -> list[heads.Head]:
-    return [heads.Head(layer, (head + i + seed) % 2) for i, (layer, head) in enumerate(chosen)]
+    return losses
 
 
 ablation_experiment = EXERCISES.add(
@@ -923,17 +933,6 @@ ablation_experiment = EXERCISES.add(
             partial(_experiment, left_out=-1)],
         "A token of the second copy is missing: only its first is left out.":
             [partial(_experiment, left_out=2), partial(_experiment, end=-1)],
-        "Return two things: the losses, and then the control's heads as pairs (layer, head).":
-            [lambda *args: _experiment(*args)[::-1], lambda *args: _experiment(*args)[0]],
-        "Your control must have as many heads as are chosen, one from the layer of each.":
-            [partial(_experiment, control=_any_layer),
-             partial(_experiment, control=lambda *a: ablation.random_control(*a)[0][:1])],
-        "Your control changes from call to call: draw it with a generator that has `seed`.":
-            partial(_experiment, control=_unseeded),
-        "Your control holds chosen heads, or a head twice; draw others, each once.":
-            partial(_experiment, control=_among_them),
-        "Your control is the same for every seed; hand `seed` to the generator.":
-            partial(_experiment, control=lambda *a: ablation.random_control(*a[:3])[0]),
 })  # fmt: skip
 
 
@@ -958,7 +957,17 @@ normalised_effect = EXERCISES.add(
         "Divide by the gap between clean and corrupted, not by the clean figure.":
             partial(_effect, scale=lambda p, clean, bad: (p - bad) / clean.mean()),
         "You divide each prompt by its own gap, which can be near zero; divide by the mean gap.":
-            partial(_effect, scale=lambda p, clean, bad: (p - bad) / (clean - bad)),
+            [partial(_effect, scale=lambda p, clean, bad, e=e: (p - bad) / (clean - bad + e))
+             for e in (0, 1e-6, 1e-3)],
+        "You subtract one number from all prompts; each has its own corrupted value.": [
+            partial(_effect, scale=lambda p, c, bad, of=of: (p - of(bad)) / (c - bad).mean())
+            for of in (lambda bad: bad.mean(), lambda bad: bad[0])],
+        "The zero is the corrupted run: subtract its value, in brackets, before you divide.": [
+            partial(_effect, scale=lambda p, clean, bad: (p - clean) / (clean - bad).mean()),
+            partial(_effect, scale=lambda p, clean, bad: p / (clean - bad).mean()),
+            partial(_effect, scale=lambda p, clean, bad: p / clean.mean()),
+            partial(_effect, scale=lambda p, clean, bad: (p + bad) / (clean - bad).mean()),
+            partial(_effect, scale=lambda p, clean, bad: p - bad / (clean - bad).mean())],
         "Divide by the mean gap; and prompts lie along the first axis, not along the last.":
             lambda p, clean, bad: (p - bad) / (clean - bad),
         "You lose the sign of the gap; where clean is below corrupted, it is negative.":

@@ -1005,5 +1005,17 @@ WRONG = [
     ("score_every_head", every_head_of_scores, "You hook the attention scores"),
     ("stripe_scores", lambda p, n: stripes_by_loop(p, n) * (p.shape[-1] - 1), "10 times too large"),
     ("ablation_experiment", lambda *a: experiment(*a)[0], "Return two things"),
+    ("ablation_experiment", lambda *a: (experiment(*a)[0], a[3]), "holds chosen heads"),
+    ("ablation_experiment", lambda *a: experiment(*a[:4], 0), "the same for every seed"),
+    (
+        "ablation_experiment",
+        partial(experiment_by_edits, control=lambda m, out, _: drawn_with_random(m, out, None)),
+        "changes from call to call",
+    ),
+    (
+        "ablation_experiment",
+        partial(experiment_by_edits, control=any_heads),
+        "one from the layer of each",
+    ),
     ("patch_inputs", hooks_left, "leaves hooks on the model"),
 ]

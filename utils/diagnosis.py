@@ -213,11 +213,10 @@ def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[
         if not (at and right and len(at) <= most * want.shape[dim] and len(few) <= 4):
             continue
         where = f"{name} {', '.join(map(str, few))}" + " (the last)" * (few == [last])
-        told = f"Right but for {where}"
+        told, zero = f"Right but for {where}", not got.index_select(dim, torch.tensor(at)).any()
+        if want.ndim == most == 1 and not zero:  # of single values one may be right by chance
+            continue
         if few is right:
-            zero = not got.index_select(dim, torch.tensor(at)).any()
-            if want.ndim == 1 and not zero:  # of single values one may be right by chance
-                continue
             told = f"Right for {where} alone" + "; the rest is zero" * zero
         yield f"{told}, counted from 0."
 

@@ -74,7 +74,7 @@ def set_at(activation: Tensor, index: tuple, value: object) -> Tensor:
     return activation
 
 
-class _NotRight(Exception):
+class NotRight(Exception):
     """Carries the sentence that tells the learner what is wrong."""
 
 
@@ -131,7 +131,7 @@ class Exercise:
     def _refuse_in_check(self) -> None:
         """What an earlier run of the cell gave is no answer to this one."""
         if self.checking:
-            raise _NotRight(f"Your function calls `{self.name}`, which is what you are to write.")
+            raise NotRight(f"Your function calls `{self.name}`, which is what you are to write.")
 
     def problems(self) -> list[str]:
         """What is wrong with the exercise itself (for tests): every mistake must be told apart."""
@@ -176,7 +176,7 @@ class Exercise:
         return getattr(returns, "dim_str", "").split()
 
     def _outputs(self, answer: Callable) -> dict[str, object]:
-        """The answer's output on a copy of each case. Raises _NotRight if it changed the copy."""
+        """The answer's output on a copy of each case. Raises NotRight if it changed the copy."""
         outputs = {}
         for label, args in self._inputs.items():
             models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
@@ -189,12 +189,12 @@ class Exercise:
             finally:
                 changed = watched.undo()
             if changed:
-                raise _NotRight(changed)
+                raise NotRight(changed)
             for i, (one, other) in enumerate(zip(copy, args, strict=True)):
                 if not _same(one, other):
                     names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
                     name = names[i]
-                    raise _NotRight(
+                    raise NotRight(
                         f"Your function changes its input `{name}` in place; work on a copy "
                         f"(`{name} = {name}.clone()`)."
                     )
@@ -211,7 +211,7 @@ class Exercise:
         try:
             with contained(CHECK_SECONDS):
                 outputs = self._outputs(answer)
-        except _NotRight as slip:
+        except NotRight as slip:
             return str(slip)
         except KeyboardInterrupt:
             raise
@@ -278,9 +278,7 @@ class Exercise:
                 except BaseException as error:
                     failed = True
                     why = (
-                        str(error)
-                        if isinstance(error, _NotRight)
-                        else describe_error(error, answer)
+                        str(error) if isinstance(error, NotRight) else describe_error(error, answer)
                     )
                     print(f"{self}: {why} The library's version takes over.")
             return self.reference(*args, **kwargs)
@@ -291,7 +289,7 @@ class Exercise:
     def _fitted(self, value: object, args: tuple, kwargs: Mapping[str, object]) -> object:
         """The value in the type and precision that the cells below count on.
 
-        Raises _NotRight for a shape that is not the annotation's.
+        Raises NotRight for a shape that is not the annotation's.
         """
         signature = inspect.signature(self.reference)
         annotation = signature.return_annotation
@@ -312,7 +310,7 @@ class Exercise:
                     isinstance(argument, wanted)
             if not isinstance(value, annotation):
                 got = list(value.shape) if isinstance(value, Tensor) else a_kind(value)
-                raise _NotRight(f"Your function gives {got}, wanted is [{annotation.dim_str}].")
+                raise NotRight(f"Your function gives {got}, wanted is [{annotation.dim_str}].")
         return value
 
 
@@ -432,12 +430,12 @@ def describe_error(error: BaseException, answer: Callable) -> str:
 
 
 def _returning(answer: Callable) -> Callable:
-    """The answer; _NotRight if it gives nothing, where only a hook may."""
+    """The answer; NotRight if it gives nothing, where only a hook may."""
 
     @wraps(answer)
     def called(*args: object, **kwargs: object) -> object:
         if (value := answer(*args, **kwargs)) is None:
-            raise _NotRight("You return None: did you forget `return`?")
+            raise NotRight("You return None: did you forget `return`?")
         return value
 
     return called
