@@ -278,6 +278,12 @@ def prefix_by_places(pattern, tokens):
     )
 
 
+def prefix_by_sources(pattern, tokens):
+    """As many places stand after a copy that comes again as destinations have one."""
+    after = (tokens[:, :, None] == tokens[:, None]).tril(-1).roll(1, -1)
+    return (pattern * after[:, None]).sum((2, 3)) / after.any(1).sum(-1, keepdim=True)
+
+
 # The sharpest drop
 
 
@@ -800,6 +806,7 @@ RIGHT = {
         loss_by_loop,
         loss_by_one_hot,
         loss_by_index,
+        lambda x, t: -torch.distributions.Categorical(logits=x[:, :-1]).log_prob(t[:, 1:]),
         lambda x, t: -x.double().log_softmax(-1)[:, :-1].gather(2, t[:, 1:, None]).squeeze(2),
     ],
     "build_repeats": [
@@ -829,6 +836,7 @@ RIGHT = {
         prefix_by_columns,
         prefix_by_row,
         prefix_by_places,
+        prefix_by_sources,
     ],
     "sharpest_drop": [
         drop_by_loop,
@@ -922,6 +930,16 @@ RIGHT = {
 }
 
 
+def norms_of_last_layer(model, tokens):
+    return norms_by_hook(model, tokens)[-1:].expand(model.cfg.n_layers)
+
+
+def every_head_of_scores(model, tokens, score):
+    cache = model.run_with_cache(tokens)[1]
+    names = [f"blocks.{layer}.attn.hook_attn_scores" for layer in range(model.cfg.n_layers)]
+    return torch.stack([score(cache[name]) for name in names], dim=1)
+
+
 def repeats_with_last_start(*args):
     tokens = repeats_by_list(*args)
     tokens[-1, 0] = 0
@@ -957,13 +975,13 @@ WRONG = [
         lambda m, t: norms_by_hook(m, t)[1:],
         "The first entry along layer is missing",
     ),
-    ("per_token_loss", lambda x, t: loss_by_loop(x, t) / 0.6931, "1.44 times too large"),
+    ("per_token_loss", lambda x, t: loss_by_loop(x, t) / 0.6931, "to base 2"),
     ("per_token_loss", lambda x, t: loss_by_loop(x, t).mean(0), "average over prompt"),
     ("build_repeats", lambda *a: repeats_by_list(*a).float(), "floating-point"),
     ("build_repeats", repeats_with_last_start, "Right but for"),
     ("stripe_scores", lambda p, n: stripes_by_loop(p, n).mean(0), "average over prompt"),
     ("stripe_scores", lambda p, n: stripes_by_loop(p, n).movedim(-1, 0), "another order"),
-    ("score_every_head", lambda *a: every_head_by_hook(*a).flip(1), "back to front along axis 1"),
+    ("score_every_head", lambda *a: every_head_by_hook(*a).flip(1), "back to front along layer"),
     ("score_every_head", weights_changed, "changes the model's weights"),
     ("prefix_matching", lambda p, t: 1 - prefix_by_loop(p, t), "one minus the right ones"),
     ("sharpest_drop", lambda s, x, w: drop_by_loop(s, x, w) / 2, "2 times too small"),
@@ -976,10 +994,28 @@ WRONG = [
     ("icl_score", lambda x, e, late, w: icl_by_loop(x, e, late, w).mean(), "average over prompt"),
     ("copying_of_head", lambda *a: -copying_by_loop(*a), "signs are turned round"),
     ("ablate_head", lambda z, hook, head, value: z[:, :, head], "Your result has shape"),
-    ("ablation_experiment", lambda *a: runs_exchanged(*experiment(*a)), "in the wrong places"),
+    ("ablation_experiment", lambda *a: runs_exchanged(*experiment(*a)), "you have 1, 0, 2"),
     ("normalised_effect", lambda p, c, k: effect_by_loop(p, c, k).clamp(0, 1), "between 0 and 1"),
     ("patch_every_head", lambda *a: sweep_by_loop(*a).mT, "wanted is [3, 2, 3]"),
     ("patch_head_input", lambda x, hook, c, h, n: x[:, :, h % x.shape[2]], "Your result has shape"),
-    ("patch_inputs", lambda *a: inputs_by_loop(*a)[[1, 0, 2]], "in the wrong places"),
+    ("patch_inputs", lambda *a: inputs_by_loop(*a)[[1, 0, 2]], "you have 1, 0, 2"),
+    ("stream_norms", norms_of_last_layer, "Every layer gets what belongs to the last"),
+    ("per_token_loss", lambda x, t: loss_by_loop(x, t).mean(), "average over everything"),
+    ("per_token_loss", lambda x, t: loss_by_loop(x, t).flatten(), "strung together"),
+    ("score_every_head", every_head_of_scores, "You hook the attention scores"),
+    ("stripe_scores", lambda p, n: stripes_by_loop(p, n) * (p.shape[-1] - 1), "10 times too large"),
+    ("ablation_experiment", lambda *a: experiment(*a)[0], "Return two things"),
+    ("ablation_experiment", lambda *a: (experiment(*a)[0], a[3]), "holds chosen heads"),
+    ("ablation_experiment", lambda *a: experiment(*a[:4], 0), "the same for every seed"),
+    (
+        "ablation_experiment",
+        partial(experiment_by_edits, control=lambda m, out, _: drawn_with_random(m, out, None)),
+        "changes from call to call",
+    ),
+    (
+        "ablation_experiment",
+        partial(experiment_by_edits, control=any_heads),
+        "one from the layer of each",
+    ),
     ("patch_inputs", hooks_left, "leaves hooks on the model"),
 ]

@@ -350,6 +350,11 @@ def test_predictions_are_noted_and_never_raise(capsys):
     )
     registry.predict("Which?", ["this", "that"], mine=" B")
     assert capsys.readouterr().out.endswith("Noted: b. Now look.\n")
+    for mine in ("b)", "That", "b"):
+        registry.predict("Which?", ["this", "that"], mine=mine)
+        assert capsys.readouterr().out.endswith("Noted: b. Now look.\n")
+    registry.predict("How much?", ["this", "that"], mine=1)
+    assert "write a letter in quotes or the option's text, one of a, b" in capsys.readouterr().out
     for options, wrong in ((["this"], "c"), ([], "a"), (["this"], 3), ([], None)):
         registry.predict("How much?", options, mine=wrong)
         assert "Noted" not in capsys.readouterr().out

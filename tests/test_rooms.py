@@ -31,8 +31,8 @@ LINES = {
     "utils/ioi.py": 265,
     "utils/plotting.py": 330,
     "utils/diagram.py": 220,
-    "utils/exercises.py": 475,
-    "utils/diagnosis.py": 260,
+    "utils/exercises.py": 485,
+    "utils/diagnosis.py": 315,
     "utils/look.py": 165,
     "utils/learner.py": 150,
     "utils/ledger.py": 150,
@@ -53,8 +53,9 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 6050,
-    "project-1-induction-heads/*_exercises.py": 765,
+    "utils/**/*.py": 6105,
+    "project-1-induction-heads/*_exercises.py": 760,
+    "project-1-induction-heads/induction_exercises_causal.py": 405,
     "project-1-induction-heads/*_claims.py": 260,
     "project-2-Indirect-Object-Identification/*_exercises.py": 1095,
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 700,
@@ -63,7 +64,7 @@ LINES = {
     "project-2-Indirect-Object-Identification/*_claims.py": 350,
     "tools/*.py": 1900,
     "tools/benchmark*.py": 700,
-    "tests/*.py": 10150,
+    "tests/*.py": 10170,
 }
 ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2320
 

@@ -1,5 +1,6 @@
 """In what an answer differs from the right one, in words: axis, sign, scale, position or step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 from numbers import Number
@@ -59,7 +60,7 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
         got, want = got.double(), want.double()
     if close(got, want):
         return None
-    names = list(axes) if len(axes) == want.ndim else [f"axis {i}" for i in range(want.ndim)]
+    names = _names(axes, want.ndim)
     if got.shape != want.shape:
         reason = next(_of_shape(got, want, names), "")
         return f"Your result has shape {list(got.shape)}, wanted is {wanted}. {reason}".strip()
@@ -71,6 +72,14 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
     if lost := int((got.isinf() & ~want.isinf()).sum()):
         return f"{lost} of {got.numel()} values are infinite, as after log(0) or a division by 0."
     return kind_of_slip(got, want, names) or _size(got, want)
+
+
+def _names(axes: Sequence[str], n: int) -> list[str]:
+    """A name for each of `n` axes; for those of `*rest`, and where nothing fits, its number."""
+    named = [*axes[:-1]] if axes and axes[-1].startswith("*") else [*axes]
+    fits = len(named) == n or (len(named) < n and len(named) < len(axes))
+    named = named if fits else []
+    return named + [f"axis {i}" for i in range(len(named), n)]
 
 
 def kind_of_slip(got: Tensor, want: Tensor, names: Sequence[str] = ()) -> str | None:
@@ -85,6 +94,12 @@ def _of_shape(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
     """Why the shape is another one."""
     if close(got.squeeze(), want.squeeze()):
         yield "An axis of length one is too many or missing: squeeze or unsqueeze it."
+    if want.ndim > 1 and not got.ndim:
+        for what, value in (("average over", want.mean()), ("sum over", want.sum())):
+            if close(got, value):
+                yield f"You {what} everything; keep one value for each {' and '.join(names)}."
+    if close(got.flatten(), want.flatten()):
+        yield "The right values, strung together: give them their axes (`unflatten`, `reshape`)."
     for dim in range(got.ndim):
         if close(got.mean(dim), want):
             yield f"Your values are right one by one: average over axis {dim} of your result."
@@ -134,7 +149,9 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
                 yield f"Your result is transposed: {names[one]} and {names[other]} are exchanged."
         for dim, name in enumerate(names):
             yield from _along(got, want, dim, name)
-        yield from _part(got, want, names)
+        for dim, name in enumerate(names):
+            yield from _order(got, want, dim, name)
+        yield from _part(got, want, names, most=1 / 3)
         centred, right = got - got.mean(), want - want.mean()
         if close(got - want, (got - want).mean().expand_as(got)):
             yield f"All your values are off by the same {(got - want).mean():.3g}."
@@ -142,7 +159,7 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
         if close(got, factor * want) and factor.abs() > 1e-3:
             yield _scale(float(factor), want.shape, names)
         for dim, name in enumerate(names):
-            yield from _one_by_one(got, want, dim, name)
+            yield from _by_entry(got, want, dim, name)
         if close(got.abs(), want.abs()):
             yield "The sizes are right, but some of the signs are turned round."
         slope = (centred * right).sum() / (right * right).sum().clamp(min=1e-12)
@@ -150,6 +167,7 @@ def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
             yield f"Yours are {slope:.3g} times the right values, and moved: scale and zero differ."
         if close(got.flatten().sort().values, want.flatten().sort().values):
             yield "The right values, in the wrong places."
+        yield from _part(got, want, names, most=1)
 
 
 def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
@@ -175,51 +193,88 @@ def _along(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
         yield f"You take a softmax over {name}."
     if close(got, want / want.sum(dim, keepdim=True)):
         yield f"You divide by the sum over {name}."
-    if close(got, got.narrow(dim, 0, 1).expand_as(got)):
-        for side, i in (("first", 0), ("last", n - 1)):
-            if close(got, want.narrow(dim, i, 1).expand_as(want)):
-                yield (
-                    f"Every {name} gets what belongs to the {side}. A function made in a loop sees "
-                    "the loop's variable as it is when called: bind it (`i=i`)."
-                )
+
+
+def _order(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
+    """Right entries of an axis in other places, or one and the same in every place."""
+    mine, right, n = got.unbind(dim), want.unbind(dim), want.shape[dim]
+    constant, flat = (all(close(x, one[0]) for x in one) for one in (mine, right))
+    if n < 2 or (n > 10 and not constant):
+        return
+    order = [next((i for i, y in enumerate(right) if close(x, y)), -1) for x in mine]
+    if not constant and min(order) >= 0:
+        told, wanted = (", ".join(map(str, places)) for places in (order, range(n)))
+        yield f"Along {name} you have {told}; wanted is the order {wanted}."
+    elif constant and order[0] == n - 1:
+        yield (
+            f"Every {name} gets what belongs to the last. A function made in a loop sees the "
+            "loop's variable as it is when called: bind it (`i=i`)."
+        )
+    elif constant and order[0] >= 0:
+        yield f"Every {name} gets what belongs to {name} {order[0]}, counted from 0."
+    elif constant and not flat:
         yield f"Your values are the same for every {name}; each has its own."
 
 
-def _one_by_one(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
+def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[str]:
+    """Wrong in a share of the entries along an axis, at most: which these are."""
+    wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4, equal_nan=True)
+    for dim, name in enumerate(names):
+        at, n = _any_along(wrong, dim), want.shape[dim]
+        right = [i for i in range(n) if i not in at]
+        if not (at and right and len(at) <= most * n):
+            continue
+        zero = not got.index_select(dim, torch.tensor(at)).any()
+        if len(at) <= len(right):
+            told = f"Right but for {_listed(at, name, n)}"
+        elif zero:
+            told = f"Right for {_listed(right, name, n)} alone; the rest is zero"
+        else:
+            told = f"Right for {_listed(right, name, n)} alone"
+        used_for_all = right == [0] and n > 2 and not zero
+        if want.ndim == most == 1 and not (zero or used_for_all):
+            continue  # of single values some may be right by chance
+        yield f"{told}, counted from 0" + (
+            ": is what belongs to it used for all?" if used_for_all else "."
+        )
+
+
+def _by_entry(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
     """Off by a factor or an amount that is another one in every entry of an axis."""
-    rest = [d for d in range(want.ndim) if d != dim]
-    if want.shape[dim] < 2 or want.numel() < 3 * want.shape[dim]:
+    rest, n = [d for d in range(want.ndim) if d != dim], want.shape[dim]
+    if n < 2 or want.numel() < 3 * n:
         return
-    factor = (got * want).sum(rest, keepdim=True) / (want * want).sum(rest, keepdim=True)
-    amount = (got - want).mean(rest, keepdim=True)
-    off = (~torch.isclose(got, want, rtol=1e-3, atol=1e-4)).sum(rest).nonzero().flatten().tolist()
-    which = f"{name} {', '.join(map(str, off))}" if len(off) < want.shape[dim] else f"each {name}"
+    factor = (got * want).sum(rest, True) / (want * want).sum(rest, True).clamp(min=1e-12)
+    amount = (got - want).mean(rest, True)
+    off = _any_along(~torch.isclose(got, want, rtol=1e-3, atol=1e-4), dim)
+    which = _listed(off, name, n) if len(off) < n else f"each {name}"
     if close(got, factor * want) and factor.abs().min() > 1e-3:
         yield (
-            f"The values of {which} are off by a factor of its own: what you divide or multiply by "
-            f"is wrong, such as that of another place, or not meant for each {name}."
+            f"The values of {which} are off by a factor of its own ({_few(factor, off)}): what you "
+            "divide or multiply by is wrong, such as that of another place, or not meant for each "
+            f"{name}."
         )
     if close(got - want, amount.expand_as(got)):
         yield (
-            f"The values of {which} are off by an amount of its own: what you add or subtract is "
-            "wrong, or does not belong, or is missing."
+            f"The values of {which} are off by an amount of its own ({_few(amount, off)}): what "
+            "you add or subtract is wrong, or does not belong, or is missing."
         )
 
 
-def _part(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
-    """Right in some places alone: which axis tells them from the rest."""
-    wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4, equal_nan=True)
-    for dim, name in enumerate(names):
-        other = [d for d in range(want.ndim) if d != dim]
-        at = wrong.flatten() if want.ndim == 1 else wrong.amax(other) if other else wrong
-        at = at.bool().nonzero().flatten().tolist()
-        if dim == 0 and want.shape[0] > 2 and at == list(range(1, want.shape[0])):
-            yield f"Right for {name} 0 alone: is what belongs to it used for all?"
-        if 0 < 3 * len(at) <= want.shape[dim]:
-            where = f"{name} {', '.join(map(str, at))}" + (
-                " (the last)" * (at == [want.shape[dim] - 1])
-            )
-            yield f"Right but for {where}, counted from 0."
+def _any_along(where: Tensor, dim: int) -> list[int]:
+    """The entries along an axis in which it is true anywhere."""
+    return where.movedim(dim, 0).reshape(where.shape[dim], -1).any(1).nonzero().flatten().tolist()
+
+
+def _few(values: Tensor, at: list[int]) -> str:
+    told = [f"{x:.3g}" for x in values.flatten()[at[:4]].tolist()]
+    return ", ".join(told + ["..."] * (len(at) > 4))
+
+
+def _listed(at: list[int], name: str, n: int) -> str:
+    """Some entries of an axis of length n."""
+    told = [*map(str, at[:4]), *["..."] * (len(at) > 4)]
+    return f"{name} {', '.join(told)}" + " (the last)" * (at == [n - 1])
 
 
 def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:
@@ -228,9 +283,12 @@ def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:
             return f"Your values are {n} times too small: divided by the number of {name}?"
         if n > 2 and abs(factor / n - 1) < 1e-3:
             return f"Your values are {n} times too large: a sum for a mean over {name}?"
+    sign = ", and the signs are turned round" if factor < 0 else ""
+    for base in (2, 10):
+        if abs(abs(factor) * math.log(base) - 1) < 1e-3:
+            return f"Your logarithm is to base {base}{sign}; take the natural one (`log`)."
     kind = "too large" if abs(factor) > 1 else "too small"
     times = abs(factor) if abs(factor) > 1 else 1 / abs(factor)
-    sign = ", and the signs are turned round" if factor < 0 else ""
     return f"All your values are {times:.3g} times {kind}{sign}: look at what you divide by."
 
 

@@ -11,7 +11,7 @@ A notebook's exercises stand beside it, in `<project>/<notebook>_exercises.py`:
         part="A1",
         reference=heads.induction_score,                   # the library's version
         cases=lambda: {"1 + 2 x 5 tokens": (pattern, 5)},  # label -> arguments
-        mistakes={                                         # what to tell -> a function that errs so
+        mistakes={                   # what to tell -> a function that errs so, or a list of them
             "You look at the copied token itself, ...": lambda pattern, seq_len: ...,
         },
     )
@@ -30,7 +30,7 @@ the right one would condemn right answers: `Exercise.problems()` lists such slip
 
 import inspect
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -76,7 +76,7 @@ def set_at(activation: Tensor, index: tuple, value: object) -> Tensor:
     return activation
 
 
-class _NotRight(Exception):
+class NotRight(Exception):
     """Carries the sentence that tells the learner what is wrong."""
 
 
@@ -90,11 +90,11 @@ class Exercise:
     part: str
     reference: Callable
     cases: Callable[[], Mapping[str, tuple]]  # built when first needed
-    mistakes: Mapping[str, Callable] = field(default_factory=dict)
+    mistakes: Mapping[str, Callable | list[Callable]] = field(default_factory=dict)
     run: Callable | None = None
     state: str = UNTRIED
     checking: bool = False
-    given: dict[tuple[str, str], dict] = field(default_factory=dict)  # what mistakes give
+    slips: dict[tuple[Callable, str], dict] = field(default_factory=dict)  # what mistakes give
 
     def __call__(self, answer: Callable) -> Callable:
         """Print one line (right, not attempted yet, or what is wrong); never raises.
@@ -133,7 +133,7 @@ class Exercise:
     def _refuse_in_check(self) -> None:
         """What an earlier run of the cell gave is no answer to this one."""
         if self.checking:
-            raise _NotRight(f"Your function calls `{self.name}`, which is what you are to write.")
+            raise NotRight(f"Your function calls `{self.name}`, which is what you are to write.")
 
     def problems(self) -> list[str]:
         """What is wrong with the exercise itself (for tests): every mistake must be told apart."""
@@ -141,11 +141,33 @@ class Exercise:
             found = [] if self._wanted else [f"{self}: no cases"]
         except Exception as error:
             return [f"{self}: the reference does not pass: {error}"]
-        for message, wrong in self.mistakes.items():
+        for message, wrong in self._slips():
             told = self._what_is_wrong(wrong)
             if told != message:
                 found.append(f"{self}: mistake {message!r} is told {told!r}")
         return found
+
+    def _slips(self) -> Iterator[tuple[str, Callable]]:
+        """What to tell, and a function that errs so, one at a time."""
+        for message, wrong in self.mistakes.items():
+            yield from ((message, one) for one in (wrong if isinstance(wrong, list) else [wrong]))
+
+    def _gives(self, wrong: Callable, outputs: Mapping[str, object]) -> bool:
+        """Whether a mistake gives these outputs, case by case until one differs.
+
+        Each case is run once; in one that a mistake fails on, no answer can be that mistake.
+        """
+        for label in self._inputs:
+            if (wrong, label) not in self.slips:
+                try:
+                    with contained(CHECK_SECONDS):
+                        self.slips[wrong, label] = self._output(wrong, label)
+                except (Exception, Overrun):
+                    self.slips[wrong, label] = {}
+            given = self.slips[wrong, label]
+            if not given or not all(same(outputs.get(at), value) for at, value in given.items()):
+                return False
+        return True
 
     @cached_property
     def _inputs(self) -> dict[str, tuple]:
@@ -163,7 +185,7 @@ class Exercise:
         return getattr(returns, "dim_str", "").split()
 
     def _outputs(self, answer: Callable) -> dict[str, object]:
-        """The answer's output on a copy of each case. Raises _NotRight if it changed the copy."""
+        """The answer's output on a copy of each case. Raises NotRight if it changed the copy."""
         outputs = {}
         for label in self._inputs:
             outputs |= self._output(answer, label)
@@ -183,27 +205,17 @@ class Exercise:
         finally:
             changed = watched.undo()
         if changed:
-            raise _NotRight(changed)
+            raise NotRight(changed)
         for i, (one, other) in enumerate(zip(copy, args, strict=True)):
             if not _same(one, other):
                 names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
                 name = names[i]
-                raise _NotRight(
+                raise NotRight(
                     f"Your function changes its input `{name}` in place; work on a copy "
                     f"(`{name} = {name}.clone()`)."
                 )
         whole = "_wanted" in vars(self) and label in self._wanted
         return {label: output} if whole else _parts(label, output)
-
-    def _is_mistake(self, message: str, outputs: Mapping[str, object]) -> bool:
-        """Whether a mistake gives these outputs; what it gives in a case is kept."""
-        for label in self._inputs:
-            if (message, label) not in self.given:
-                self.given[message, label] = self._output(self.mistakes[message], label)
-            given = self.given[message, label]
-            if not all(same(outputs.get(part), value) for part, value in given.items()):
-                return False
-        return True
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
         """In words, or None if it is right. Raises NotImplementedError for an untouched stub."""
@@ -214,7 +226,7 @@ class Exercise:
         try:
             with contained(CHECK_SECONDS):
                 outputs = self._outputs(answer)
-        except _NotRight as slip:
+        except NotRight as slip:
             return str(slip)
         except KeyboardInterrupt:
             raise
@@ -228,13 +240,8 @@ class Exercise:
         differences = self._differences(outputs, wanted)
         if not differences:
             return None
-        for message in self.mistakes:
-            try:
-                with contained(CHECK_SECONDS):
-                    same = self._is_mistake(message, outputs)
-            except Exception:  # a mistake that fails on a case cannot be what the learner has
-                continue
-            if same:
+        for message, wrong in self._slips():
+            if self._gives(wrong, outputs):
                 return message
         numbers = {label: value for label, value in wanted.items() if not value.ndim}
         if differences.keys() <= numbers.keys() and (text := self._in_all_cases(outputs, numbers)):
@@ -286,9 +293,7 @@ class Exercise:
                 except BaseException as error:
                     failed = True
                     why = (
-                        str(error)
-                        if isinstance(error, _NotRight)
-                        else describe_error(error, answer)
+                        str(error) if isinstance(error, NotRight) else describe_error(error, answer)
                     )
                     print(f"{self}: {why} The library's version takes over.")
             return self.reference(*args, **kwargs)
@@ -299,7 +304,7 @@ class Exercise:
     def _fitted(self, value: object, args: tuple, kwargs: Mapping[str, object]) -> object:
         """The value in the type and precision that the cells below count on.
 
-        Raises _NotRight for a shape that is not the annotation's.
+        Raises NotRight for a shape that is not the annotation's.
         """
         signature = inspect.signature(self.reference)
         annotation = signature.return_annotation
@@ -320,7 +325,7 @@ class Exercise:
                     isinstance(argument, wanted)
             if not isinstance(value, annotation):
                 got = list(value.shape) if isinstance(value, Tensor) else a_kind(value)
-                raise _NotRight(f"Your function gives {got}, wanted is [{annotation.dim_str}].")
+                raise NotRight(f"Your function gives {got}, wanted is [{annotation.dim_str}].")
         return value
 
 
@@ -389,9 +394,9 @@ class Exercises:
         options: Sequence[str] = (),
         mine: str | float | None = None,
     ) -> None:
-        """Print the question and note the guess: the letter of an option, or a number if none.
+        """Print the question and note the guess: a letter, or a number where there are no options.
 
-        Nothing depends on it. A guess that is neither is told so; nothing is raised.
+        "b", "B", "b)" and the option's own text will do. Nothing depends on it, nothing is raised.
         """
         print(question)
         letters = "abcdefgh"[: len(options)]
@@ -400,6 +405,9 @@ class Exercises:
         wanted = f"one of {', '.join(letters)}" if options else "a number"
         self.guesses.setdefault(question, None)
         guess = mine.strip().lower() if isinstance(mine, str) else mine
+        if options and isinstance(guess, str):
+            texts = [option.strip().lower() for option in options]
+            guess = letters[texts.index(guess)] if guess in texts else guess.rstrip(").: ")
         fits = guess in tuple(letters) if options else isinstance(guess, Number)
         if mine is None:
             print(f"Your guess: write {wanted} after `mine=` and run the cell again, then look.")
@@ -407,7 +415,8 @@ class Exercises:
             self.guesses[question] = guess
             print(f"Noted: {guess}. Now look.")
         else:
-            print(f"mine={mine!r} is no guess: write {wanted}.")
+            written = "a letter in quotes or the option's text, " if options else ""
+            print(f"mine={mine!r} is no guess: write {written}{wanted}.")
 
     def progress(self) -> pd.DataFrame:
         """Print what is solved, part by part, and what to try next; return the table."""
@@ -436,12 +445,12 @@ def describe_error(error: BaseException, answer: Callable) -> str:
 
 
 def _returning(answer: Callable) -> Callable:
-    """The answer; _NotRight if it gives nothing, where only a hook may."""
+    """The answer; NotRight if it gives nothing, where only a hook may."""
 
     @wraps(answer)
     def called(*args: object, **kwargs: object) -> object:
         if (value := answer(*args, **kwargs)) is None:
-            raise _NotRight("You return None: did you forget `return`?")
+            raise NotRight("You return None: did you forget `return`?")
         return value
 
     return called
