@@ -256,3 +256,12 @@ def test_a_figure_with_its_script_asks_no_network():
     html = pio.renderers["notebook"].to_mimebundle(plotting.bars(["a"], [1], **BARS).to_dict())
     assert "Plotly.newPlot" in html["text/html"]
     assert not re.search(r'(src|href)="http', html["text/html"])
+
+
+def test_a_series_that_ends_early_has_a_band_of_its_own_length():
+    nan = float("nan")
+    series = {"short": (torch.tensor([1.0, 2.0, nan]), torch.tensor([0.1, 0.2, nan]))}
+    fig = plotting.lines([5, 10, 15], series, title="t", x_label="x", y_label="y")
+    band = next(trace for trace in fig.data if trace.fill == "toself")
+    assert list(band.x) == [5, 10, 10, 5]
+    assert list(band.y) == pytest.approx([1.1, 2.2, 1.8, 0.9])

@@ -154,7 +154,9 @@ def panels(
             colour, dash = looks[name]
             if stderr is not None:
                 note = "shaded: ± one standard error"
-                area = dict(x=[*x, *x[::-1]], y=[*(y + stderr), *(y - stderr)[::-1]], mode="none")
+                known = np.isfinite(y)  # the outline of a shape must have no gaps
+                at, low, high = x[known], (y - stderr)[known], (y + stderr)[known]
+                area = dict(x=[*at, *at[::-1]], y=[*high, *low[::-1]], mode="none")
                 look = dict(fill="toself", fillcolor=f"{colour}33", hoverinfo="skip")
                 fig.add_scatter(**area, **look, showlegend=False, row=row, col=1)
             line, mode = dict(width=2, color=colour, dash=dash), "lines"
