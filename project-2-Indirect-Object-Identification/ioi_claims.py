@@ -296,8 +296,9 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 4.1",
         published="mean distance about 0.24 of the model's; naive 0.59 (stored data)",
         rule="Measured: mean distance of circuit and model over the roles, as a share of the "
-        "model's logit difference. Holds when it is below 0.3 and below that of the naive circuit.",
-        holds=lambda distance, naive: distance < 0.3 and distance < naive,
+        "model's logit difference. Holds when it is below 0.3, and less that of the naive circuit "
+        "below zero.",
+        holds=lambda distance, beyond_naive: every(below(distance, 0.3), below(beyond_naive, 0)),
         needs=PATH,
     ),
     "ioi.worst_set": gpt2_claim(

@@ -1,13 +1,11 @@
 """Small figures of a circuit: values of some heads, where they look, how far from the model."""
 
-import math
-
 import pandas as pd
 import pytest
 import torch
 
 from utils.attribution import attention_table, of_heads
-from utils.circuit import mean_gap
+from utils.circuit import gap_by_prompt
 from utils.heads import Head
 
 VALUES = torch.arange(24.0).reshape(2, 3, 4)  # [prompt layer head]
@@ -40,16 +38,16 @@ def test_attention_table_says_where_heads_look(least, of_l0h1):
     pd.testing.assert_frame_equal(got, want, check_dtype=False)
 
 
-def test_mean_gap_is_over_the_roles_and_a_share_of_the_model():
+def test_the_gap_is_over_the_roles_and_a_share_of_the_model():
     f = torch.tensor
     pairs = {
         "none": (f([9.0, 9.0]), f([-5.0, -3.0])),  # the whole model: -4
-        "one": (f([1.0, 3.0]), f([3.0, 5.0])),
-        "two": (f([2.0, 0.0]), f([0.0, 0.0])),
+        "one": (f([1.0, 3.0]), f([3.0, 6.0])),  # the circuit is lower by 2 and 3
+        "two": (f([2.0, -1.0]), f([0.0, 0.0])),  # and here higher by 2, and lower by 1
     }
-    assert mean_gap(pairs) == pytest.approx((2 + 1) / 2 / 4)
-    assert mean_gap({**pairs, "two": pairs["one"]}) == pytest.approx(0.5)
-    assert math.isnan(mean_gap({"none": pairs["none"]}))
+    torch.testing.assert_close(gap_by_prompt(pairs), f([(2 + 2) / 2, (3 - 1) / 2]) / 4)
+    assert gap_by_prompt(pairs).mean() == pytest.approx((2.5 + 0.5) / 2 / 4)
+    assert gap_by_prompt({"none": pairs["none"]}).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ FIGURES = {
     "ioi.no_repetition": [(E(0.04),), (0, E(0.26))],
     "ioi.naive": [(E(0.8), E(0.79), E(4.0)), (1, E(1.1))],
     "ioi.random_circuit": [(E(0.09),), (0, E(0.4))],
-    "ioi.completeness": [(0.29, 0.4), (0, 0.3), (1, 0.29)],
+    "ioi.completeness": [(E(0.09), E(-0.21)), (0, E(0.31)), (1, E(0.2))],
     "ioi.minimality": [(E(0.01, 0),), (0, E(0.009))],
     "ioi.adversarial": [(E(1.0), E(0.21), E(0.21)), (1, E(-0.2)), (2, E(-0.2))],
     "ioi.published_heads": [(0.51, 0.51), (0, 0.5), (1, 0.5)],

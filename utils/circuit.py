@@ -253,14 +253,17 @@ def completeness(
     return dict(zip(["none", *circuit], zip(in_circuit, in_model, strict=True), strict=True))
 
 
-def mean_gap(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Mean |F(C - G) - F(M - G)| over the roles G of `completeness`, as a share of |F(M)|.
+def gap_by_prompt(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Float[Tensor, "prompt"]:
+    """What each prompt adds to mean |F(C - G) - F(M - G)| over the roles G of `completeness`.
 
-    nan for a circuit without roles.
+    A share of |F(M)|, whose mean over the prompts is that distance: a prompt counts as negative
+    where its difference has the other sign than the mean. nan for a circuit without roles.
     """
     whole = pairs["none"][1].mean().abs()
-    gaps = [(c.mean() - m.mean()).abs() / whole for role, (c, m) in pairs.items() if role != "none"]
-    return torch.tensor(gaps).mean().item()
+    apart = [c - m for role, (c, m) in pairs.items() if role != "none"]
+    if not apart:
+        return torch.full_like(pairs["none"][1], torch.nan)
+    return torch.stack([gap * gap.mean().sign() for gap in apart]).mean(0) / whole
 
 
 def minimality(
