@@ -17,6 +17,9 @@ GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 # JupyterLab is installed when it is first asked for.
 LAB := $(VENV)/lab-$(shell cat requirements-lab.txt constraints.txt | cksum | cut -d ' ' -f 1)
 
+# As many tests at once as there are cores; four notebooks fit into 16 GiB.
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help lab notebooks test test-nightly lint benchmark outputs study gone
 
@@ -32,7 +35,7 @@ notebooks: $(INSTALLED) ## run the notebooks into build/, to open (with SEED=1: 
 
 test: lint ## run the linters and every test that is not long, the notebooks included
 	@sh tools/chromium.sh
-	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(ARGS)
+	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(WORKERS) $(ARGS)
 
 test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved
 	$(VENV_PYTHON) -m pytest tests -m nightly $(ARGS)

@@ -1,5 +1,6 @@
-"""Models that the tests share, each loaded once."""
+"""How the tests share the machine, and the models, each loaded once."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,22 @@ from transformers import (
 )
 
 from utils.models import load_hf, load_model
+
+LONGEST_FIRST = ("test_notebooks.py", "test_notebook_tools.py", "test_make.py")
+
+
+def pytest_configure():
+    """Workers share the cores instead of each taking all of them, and so do their notebooks."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)  # a stable sort
 
 
 @pytest.fixture(scope="session")

