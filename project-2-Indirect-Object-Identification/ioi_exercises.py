@@ -728,6 +728,10 @@ template_means = EXERCISES.add(
                 ),
             }.items()
         },
+        "`sums[template] += z` adds one prompt for each template and forgets the others: use "
+        "`index_add_`, or a mask for each template.": lambda z, template, wanted: torch.stack(
+            [z[template == t][-1] / (template == t).sum() for t in wanted]
+        ),
         "You take the prompts that have *another* template.": (
             lambda z, template, wanted: torch.stack([z[template != t].mean(0) for t in wanted])
         ),
@@ -758,8 +762,11 @@ def _circuit_inputs(seed: int) -> tuple:
 
 def _alone_cases() -> dict[str, tuple]:
     whole = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.3, 0.8])
-    scales = {51: -1.0, 52: -3.0, 53: -0.3}  # shares above 1, between, and below 0
-    return {f"circuit {seed}": (*_circuit_inputs(seed), by * whole) for seed, by in scales.items()}
+    scales = {"first": -1.0, "second": -3.0, "third": -0.3}  # shares above 1, between, below 0
+    return {
+        f"the {name} circuit": (*_circuit_inputs(seed), by * whole)
+        for seed, (name, by) in enumerate(scales.items(), start=51)
+    }
 
 
 def _alone_where(change: Callable) -> Callable:
@@ -855,8 +862,11 @@ circuit_alone = EXERCISES.add(
 
 
 def _completeness_cases() -> dict[str, tuple]:
-    roles = {seed: torch.stack(_nodes(seed)[:3]).any(0) for seed in (71, 72)}
-    return {f"circuit {seed}": (*_circuit_inputs(seed), role) for seed, role in roles.items()}
+    seeds = {"first": 71, "second": 72}
+    return {
+        f"the {name} circuit": (*_circuit_inputs(seed), torch.stack(_nodes(seed)[:3]).any(0))
+        for name, seed in seeds.items()
+    }
 
 
 _completeness = ways.role_completeness
@@ -938,10 +948,15 @@ role_completeness = EXERCISES.add(
 def _minimality_cases() -> dict[str, tuple]:
     cases = {}
     # either comparison wins, the signs differ, and the largest is not always so in sizes
-    for seed, others in ((75, 3), (114, 2), (86, 3), (60, 3), (89, 3)):
+    tried = {"A": (75, 3), "B": (114, 2), "C": (86, 3), "D": (60, 3), "E": (89, 3)}
+    for name, (seed, others) in tried.items():
         node, *rest = _nodes(seed)
         mask = torch.stack(rest[:others]).any(0)
-        cases[f"a role of {others + 1} heads, {seed}"] = (*_circuit_inputs(seed), node, mask)
+        cases[f"a role of {others + 1} heads in circuit {name}"] = (
+            *_circuit_inputs(seed),
+            node,
+            mask,
+        )
     return cases
 
 

@@ -336,7 +336,8 @@ corrupt_s2 = EXERCISES.add(
     reference=corrupt_s2_answer,
     cases=_s2_cases,
     mistakes={
-        "The prompts come out as they went in: return the copy that you changed.": (
+        "The prompts come out as they went in: return the copy that you changed, and write the "
+        "name at IO, not that at S1, which stands at S2 already.": (
             lambda tokens, at: tokens.clone()
         ),
         "You replaced the first mention of the subject; it is the second, `S2`, that says who "
@@ -520,6 +521,20 @@ def _in_every_layer(
     return _run(model, tokens, answers, ways.every(model, hooks[-1][1]))
 
 
+def _share_of_gap(
+    model: TransformerBridge,
+    clean: Tensor,
+    bad: Tensor,
+    answers: Tensor,
+    *rest: object,
+    gap: Callable,
+) -> Tensor:
+    """The sweep on a scale where the corrupted run is 0 and the clean run 1."""
+    ends = [_run(model, tokens, answers) for tokens in (clean, bad)]
+    found = ways.sweep_heads(model, clean, bad, answers, *rest)
+    return (found - ends[1][:, None, None]) / gap(*ends)
+
+
 def _all_but(z: Tensor, clean_z: Tensor, head: int, positions: Tensor) -> Tensor:
     return _put(clean_z, z, head, positions)
 
@@ -580,13 +595,10 @@ sweep_heads = EXERCISES.add(
             lambda *args: ways.sweep_heads(*args[:4], range(len(args[4])))
         ),
         "You return the share of the gap that comes back; return the logit difference of the "
-        "patched run as it is.": lambda model, clean, bad, answers, layers: (
-            metrics.normalised_effect(
-                ways.sweep_heads(model, clean, bad, answers, layers),
-                ways.run_under(model, clean, answers),
-                ways.run_under(model, bad, answers),
-            )
-        ),
+        "patched run as it is.": [
+            partial(_share_of_gap, gap=lambda clean, bad: clean.mean() - bad.mean()),
+            partial(_share_of_gap, gap=lambda clean, bad: (clean - bad)[:, None, None]),
+        ],
         "You subtract the corrupted figure; return the logit difference of the patched run as it "
         "is.": lambda model, clean, bad, answers, layers: (
             ways.sweep_heads(model, clean, bad, answers, layers)

@@ -71,6 +71,8 @@ SLIPS = [  # what was done to the right values, and what is said
     (lambda x: x[:, None] + torch.zeros(2, 2, 3, 5), "average over axis 1"),
     (lambda x: x.new_ones(2, 7), "Your result has shape [2, 7], wanted is a tensor of shape"),
     (lambda x: (x - 9).log(), "30 of 30 values are NaN"),
+    (lambda x: x[:0], "Your result is empty"),
+    (lambda x: torch.zeros(0), "Your result is empty"),
     (lambda x: x / 0, "30 of 30 values are infinite"),
     (lambda x: x.to(torch.complex64), "take the real part"),
     (lambda x: x.tolist(), "You return a list"),

@@ -196,7 +196,31 @@ def test_what_an_earlier_run_of_the_cell_gave_is_no_answer(capsys):
     assert capsys.readouterr().out.endswith(f"right. {YOURS}")
 
 
+def test_solved_is_solved_though_a_later_try_is_wrong(capsys):
+    exercises, exercise = make()
+    exercise(row_means)
+    exercise(lambda x: x.sum(1))
+    assert "not right yet" in capsys.readouterr().out
+    assert list(exercises.progress()["state"]) == ["right"]
+
+
 # Nothing breaks the notebook
+
+
+def test_what_a_judge_runs_itself_is_not_held_against_the_answer(monkeypatch, capsys):
+    monkeypatch.setattr("utils.exercises.CHECK_SECONDS", 0.2)
+    exercises = Exercises()
+
+    def judge(answer):
+        found = answer()
+        time.sleep(0.5)
+        return None if found else "nothing found"
+
+    stretch = exercises.stretch(number=1, name="find", title="find", part="1", judge=judge)
+    stretch(lambda: True)
+    assert capsys.readouterr().out.endswith("right.\n")
+    stretch(lambda: time.sleep(5))
+    assert "ran too long" in capsys.readouterr().out
 
 
 def test_a_function_that_runs_too_long_is_ended(monkeypatch, capsys):

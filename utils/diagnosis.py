@@ -61,6 +61,8 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
     if close(got, want):
         return None
     names = _names(axes, want.ndim)
+    if not got.numel():
+        return f"Your result is empty (shape {list(got.shape)}); wanted is {wanted}."
     if got.shape != want.shape:
         reason = next(_of_shape(got, want, names), "")
         return f"Your result has shape {list(got.shape)}, wanted is {wanted}. {reason}".strip()
@@ -273,8 +275,9 @@ def _few(values: Tensor, at: list[int]) -> str:
 
 def _listed(at: list[int], name: str, n: int) -> str:
     """Some entries of an axis of length n."""
-    told = [*map(str, at[:4]), *["..."] * (len(at) > 4)]
-    return f"{name} {', '.join(told)}" + " (the last)" * (at == [n - 1])
+    told = ", ".join([*map(str, at[:4]), *["..."] * (len(at) > 4)])
+    entries = f"{name}, {told}" if name.startswith("axis") else f"{name} {told}"
+    return entries + " (the last)" * (at == [n - 1])
 
 
 def _scale(factor: float, shape: Sequence[int], names: list[str]) -> str:

@@ -37,7 +37,9 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property, wraps
 from numbers import Number
+from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import AbstractArray, jaxtyped
@@ -49,7 +51,7 @@ from utils.learner import Overrun, Watched, contained, keep_names
 
 RIGHT, WRONG, UNTRIED = "right", "not right yet", "not attempted yet"
 CHECK_SECONDS, USE_SECONDS = 20, 120
-NUMBER = (Number, Tensor)
+NUMBER, ARRAY = (Number, Tensor), (Tensor, np.ndarray)
 
 
 def hook_point(layer: int = 0, site: str = "attn.hook_z") -> HookPoint:
@@ -92,7 +94,8 @@ class Exercise:
     cases: Callable[[], Mapping[str, tuple]]  # built when first needed
     mistakes: Mapping[str, Callable | list[Callable]] = field(default_factory=dict)
     run: Callable | None = None
-    state: str = UNTRIED
+    state: str = UNTRIED  # the best so far
+    used: ClassVar = (" The library's is used below.", " Yours is used below.")
     checking: bool = False
     slips: dict[tuple[Callable, str], dict] = field(default_factory=dict)  # what mistakes give
 
@@ -104,19 +107,16 @@ class Exercise:
         """
         try:
             reason = self._what_is_wrong(answer)
-            self.state = RIGHT if reason is None else WRONG
+            state = RIGHT if reason is None else WRONG
         except NotImplementedError:
-            reason, self.state = None, UNTRIED
+            reason, state = None, UNTRIED
+        self.state = RIGHT if self.state == RIGHT else state  # solved is solved
         says = f" {reason}" if reason else ""
-        print(f"{self}: {self.state}.{says}{self._use}")
-        return self._yours(answer) if self.state == RIGHT else self.library
+        print(f"{self}: {state}.{says}{self.used[state == RIGHT]}")
+        return self._yours(answer) if state == RIGHT else self.library
 
     def __str__(self) -> str:
         return f"Exercise {self.number} ({self.title})"
-
-    @property
-    def _use(self) -> str:
-        return " Yours is used below." if self.state == RIGHT else " The library's is used below."
 
     @cached_property
     def library(self) -> Callable:
@@ -257,8 +257,10 @@ class Exercise:
         found = {}
         for label, value in want.items():
             if label not in got:
-                whole = next((got[key] for key in got if label.startswith(key)), None)
-                found[label] = f"this part is missing; you return {a_kind(whole)}."
+                whole = [
+                    f"; you return {a_kind(x)}" for key, x in got.items() if label.startswith(key)
+                ]
+                found[label] = f"this part is missing{''.join(whole[:1])}."
                 continue
             text = difference(got[label], torch.as_tensor(value), self._axes)
             if text:
@@ -273,8 +275,9 @@ class Exercise:
             return None
         if any(v.ndim or v.is_complex() for v in (*values, *want.values())):
             return None
+        mine = torch.stack([v.detach().cpu().double() for v in values])
         wanted = torch.stack([value.double() for value in want.values()])
-        return kind_of_slip(torch.stack([v.detach().cpu().double() for v in values]), wanted)
+        return kind_of_slip(mine, wanted) if mine.isfinite().all() else None
 
     def _yours(self, answer: Callable) -> Callable:
         """The learner's function; the library's after it fails or gives what does not fit."""
@@ -334,24 +337,25 @@ class Stretch(Exercise):
     """An exercise with no one right answer: `judge` says what is missing, or None."""
 
     judge: Callable[[Callable], str | None] = lambda answer: None
+    used: ClassVar = ("", "")
 
     def __call__(self, answer: Callable) -> Callable:
         """Print one line and give the answer back: nothing below uses it."""
         super().__call__(answer)
         return answer
 
-    @property
-    def _use(self) -> str:
-        return ""
-
     def problems(self) -> list[str]:
         """None: there is nothing to compare with."""
         return []
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
-        try:
+        @wraps(answer)
+        def limited(*args: object) -> object:  # not what the judge itself runs
             with contained(CHECK_SECONDS):
-                return self.judge(answer)
+                return answer(*args)
+
+        try:
+            return self.judge(limited)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -460,7 +464,7 @@ def _parts(label: str, output: object) -> dict[str, object]:
     """A dict or tuple taken apart: label and part -> tensor or number."""
     if isinstance(output, Mapping):
         named = output.items()
-    elif isinstance(output, (tuple, list)) and any(isinstance(o, Tensor) for o in output):
+    elif isinstance(output, (tuple, list)) and any(isinstance(o, ARRAY) for o in output):
         named = ((f"result {i} of {len(output)}", value) for i, value in enumerate(output, 1))
     else:
         return {label: output}
