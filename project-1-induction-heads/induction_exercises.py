@@ -5,6 +5,7 @@ A right answer takes, after what the learner's function gets, what mistakes do o
 The tables are laid out by hand: what a learner is told, and under it what errs so.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial, reduce
 from warnings import catch_warnings, simplefilter
@@ -135,6 +136,9 @@ per_token_loss = EXERCISES.add(
         "changes large losses; log_softmax needs none.": [
             *(partial(_loss, log_p=lambda x, e=e: (x.softmax(-1) + e).log()) for e in EPSILONS),
             *(partial(_loss, log_p=lambda x, e=e: x.softmax(-1).clamp(e).log()) for e in EPSILONS)],
+        "The softmax of an unlikely token is rounded to zero, and its logarithm is infinite; take "
+        "log_softmax, which does both at once.":
+            partial(_loss, log_p=lambda x: x.softmax(-1).log()),
         "Your softmax runs over positions or prompts; probabilities must sum to one over the "
         "vocabulary.": [partial(_loss, log_p=lambda x, at=at: x.log_softmax(at)) for at in (0, 1)],
         "You take a softmax twice: log_softmax takes the logits themselves.":
@@ -623,6 +627,8 @@ def _judge(answer: Callable) -> str | None:
     if damaged.sum() != 1 or n_changed != int((broken != trained).sum()):
         found = f"You change {int(damaged.sum())} heads and {n_changed} weights in all"
         return f"{found}; without rescue, change W_Q, W_K, W_V or W_O of one head, in place."
+    if math.isnan(broken_loss) or math.isnan(rescued_loss):
+        return "Your weights give a loss that is not a number (NaN): are they themselves?"
     if not broken_loss > DESTROYED:
         return f"Not destroyed: the loss on the second copy is {broken_loss:.2f} nats."
     if n_rescued != int((rescued != trained).sum()):
@@ -684,13 +690,14 @@ icl_score = EXERCISES.add(
 def _copies(
     model: Model, tokens: Tokens, layer: int, head: int,
     start=1, positive=torch.relu, weigh=lambda attention: attention.sum(1),
-    own=0, write=0, raised_from=None,
+    own=0, write=0, raised_from=None, reads=lambda head, n_heads, n: head * n // n_heads,
     share=lambda a, r, own: (a * own).sum(1) / (a * r.sum(2)).sum(1),
 ) -> Prompts:  # fmt: skip
-    run, reads = record(model, tokens, ["pattern", "v"]), heads.key_value_head(model, (layer, head))
+    run = record(model, tokens, ["pattern", "v"])
     pattern, v = (run.activations[f"blocks.{layer}.attn.hook_{s}"] for s in ("pattern", "v"))
+    read = reads(head, model.cfg.n_heads, v.shape[2])
     seen = weigh(pattern[:, head])[:, start:]  # [prompt src]
-    written = v[:, start:, reads.head] @ model.blocks[layer].attn.W_O[head - write]
+    written = v[:, start:, read] @ model.blocks[layer].attn.W_O[head - write]
     raised_from = start if raised_from is None else raised_from
     raises = model.W_U.T[tokens[:, raised_from:]] - model.W_U.mean(1)
     raised = positive(written @ raises.mT)  # [prompt src token]
@@ -720,7 +727,8 @@ copying_of_head = EXERCISES.add(
     reference=_copies, cases=lambda: {
         f"a head that {what}": (*_planted(), 1, head)
         for head, what in enumerate(("copies", "does not copy", "suppresses"))
-    } | {"values that two heads share": (grouped_model(), repeats(3, 9, 1), 1, 2)},
+    } | {f"head {head} of 4, two of which share a value": (
+        grouped_model(), repeats(3, 9, 1), 1, head) for head in (1, 2)},
     mistakes={
         "The start token is part of your sample; leave it out, as source and as token raised.":
             [partial(_copies, start=start, raised_from=raised)
@@ -747,6 +755,10 @@ copying_of_head = EXERCISES.add(
         "Below the line the source's own token is missing; sum over all tokens of the prompt.":
             partial(_copies, share=lambda a, r, own: (a * own).sum(1) / (
                 a * (r.sum(2) - own)).sum(1)),
+        "You read another head's values: neighbouring heads share one, "
+        "`head // (n_heads // n)` with the n heads of `v`.": [
+            partial(_copies, reads=lambda head, n_heads, n: min(head, n - 1)),
+            partial(_copies, reads=lambda head, n_heads, n: head % n)],
         "You take another head's W_O: the head's own is `W_O[head]`.":
             partial(_copies, write=1),
         "You take the attention of the last position; sum over all destinations.":

@@ -33,6 +33,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def a_group(*pairs: tuple[int, int]) -> list[heads.Head]:
+    return [heads.Head(*pair) for pair in pairs]
+
+
 def repeats(n_prompts: int, seq_len: int, n_repeats: int = 2, seed: int = 0) -> Tensor:
     return prompts.repeated_tokens(tiny_model(), n_prompts, seq_len, n_repeats, seed)
 
@@ -66,7 +70,7 @@ def _over_heads(model: Model, tokens: Tokens) -> Run:
 
 
 def _cut_cases() -> dict[str, tuple]:
-    model, tokens, receivers = tiny_model(), repeats(3, 6), [(1, 0), (2, 2)]
+    model, tokens, receivers = tiny_model(), repeats(3, 6), a_group((1, 0), (2, 2))
 
     def measure(fwd_hooks: list) -> Tensor:
         with model.hooks(fwd_hooks=fwd_hooks):
@@ -74,7 +78,7 @@ def _cut_cases() -> dict[str, tuple]:
             loss = metrics.per_token_loss(model, tokens).mean()
         return torch.stack([loss, *(scores[head] for head in receivers)])
 
-    return {"a small random model": (model, tokens, [(0, 0), (0, 2)], receivers, measure)}
+    return {"a small random model": (model, tokens, a_group((0, 0), (0, 2)), receivers, measure)}
 
 
 cut_inputs = EXERCISES.add(
@@ -196,8 +200,8 @@ ablation_experiment = EXERCISES.add(
     reference=_experiment, run=_run_experiment,
     cases=lambda: {name: (model, repeats(3, 6), repeats(4, 6, seed=1), chosen, len(chosen))
                    for name, model, chosen in (
-                       ("two layers", tiny_model(), [(0, 1), (2, 0)]),
-                       ("one layer", toy.build_toy(2), [(1, 0), (0, 3), (1, 2)]))},
+                       ("two layers", tiny_model(), a_group((0, 1), (2, 0))),
+                       ("one layer", toy.build_toy(2), a_group((1, 0), (0, 3), (1, 2))))},
     mistakes={
         "That is zero ablation; put the mean over the other prompts there.":
             partial(_experiment, usual=lambda *_: 0.0),
@@ -374,9 +378,9 @@ def _inputs(
 patch_inputs = EXERCISES.add(
     number=20, name="patch_inputs", part="B5", title="three inputs",
     reference=_inputs, cases=lambda: {
-        "keys differ": _pair("key", [(1, 0), (2, 1)]),
-        "values differ": _pair("value", [(1, 2), (1, 1), (3, 0)]),
-        "keys that two heads share": _pair("key", [(1, 1), (2, 2)], grouped_model())},
+        "keys differ": _pair("key", a_group((1, 0), (2, 1))),
+        "values differ": _pair("value", a_group((1, 2), (1, 1), (3, 0))),
+        "keys that two heads share": _pair("key", a_group((1, 1), (2, 2)), grouped_model())},
     mistakes={
         SWAPPED: lambda model, clean, bad, *rest: _inputs(model, bad, clean, *rest),
         "You patch all three inputs each time; patch one.": partial(_inputs, sites=["qkv"] * 3),

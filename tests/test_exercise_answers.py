@@ -7,6 +7,7 @@ import pytest
 import induction_exercises
 import ioi_exercises
 from utils.exercises import Stretch
+from utils.heads import Head
 
 BOTH = ((induction_exercises, answers_induction), (ioi_exercises, answers_ioi))
 CHECKS = [
@@ -52,3 +53,16 @@ def test_every_exercise_is_answered(checks, file):
     exercises = {e.name for e in checks.EXERCISES.all.values() if not isinstance(e, Stretch)}
     assert exercises == set(file.RIGHT) == {check for check, *_ in file.WRONG}
     assert min(map(len, file.RIGHT.values())) >= 5
+
+
+def pairs_in(value):
+    """The tuples of two integers in an argument, which can only be heads."""
+    if isinstance(value, tuple) and [type(x) for x in value] == [int, int]:
+        return [value]
+    return [p for x in value for p in pairs_in(x)] if isinstance(value, (list, tuple)) else []
+
+
+@pytest.mark.parametrize("check", [check for check, _ in CHECKS], ids=str)
+def test_heads_come_as_heads(check):
+    """An answer may ask for `head.layer`, as the cells around it do."""
+    assert all(isinstance(p, Head) for args in check._inputs.values() for p in pairs_in(args))

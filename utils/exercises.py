@@ -180,9 +180,12 @@ class Exercise:
 
     @property
     def _axes(self) -> list[str]:
-        """The names of the axes of the result, as the reference's annotation has them."""
-        returns = inspect.signature(self.reference).return_annotation
-        return getattr(returns, "dim_str", "").split()
+        """The names of the axes of what is compared, as the annotation has them."""
+        for function in filter(None, (self.run, self.reference)):
+            returns = inspect.signature(function).return_annotation
+            if names := getattr(returns, "dim_str", "").split():
+                return names
+        return []
 
     def _outputs(self, answer: Callable) -> dict[str, object]:
         """The answer's output on a copy of each case. Raises NotRight if it changed the copy."""
