@@ -79,7 +79,8 @@ def test_report(tmp_path, monkeypatch, random_gpt2, works, capsys):
     monkeypatch.setattr("sys.argv", ["benchmark", "--quick"])
     benchmark.main()
     report = json.loads((tmp_path / "benchmark.json").read_text())
-    assert set(report) == {"machine", "quick", "rows", "scaling"}
+    assert set(report) == {"machine", "quick", "rows", "scaling", "clicks_ms"}
+    assert set(report["clicks_ms"]) == {"training", "text", "sentence", "threshold"}
     row = report["rows"][0]
     keys = "work ours_s transformer_lens_s ratio target max_abs_diff limit_ratio"
     assert set(keys.split()) <= set(row)

@@ -26,10 +26,14 @@ LINES = {
     "utils/attribution.py": 220,
     "utils/weights.py": 285,
     "utils/selection.py": 210,
-    "utils/toy.py": 290,  # the analysis part ends here
+    "utils/toy.py": 300,  # the analysis part ends here
     "utils/prompts.py": 275,
     "utils/ioi.py": 265,
     "utils/plotting.py": 335,
+    "utils/own_text.py": 195,
+    "utils/own_figures.py": 95,
+    "utils/sliders.py": 170,
+    "utils/widgets.py": 210,
     "utils/diagram.py": 220,
     "utils/exercises.py": 485,
     "utils/diagnosis.py": 315,
@@ -53,7 +57,7 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 80,
     "utils/models/__init__.py": 10,
-    "utils/**/*.py": 6150,
+    "utils/**/*.py": 6780,
     "project-1-induction-heads/*_exercises.py": 760,
     "project-1-induction-heads/induction_exercises_causal.py": 405,
     "project-1-induction-heads/*_claims.py": 260,
@@ -62,11 +66,11 @@ LINES = {
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
     "project-2-Indirect-Object-Identification/ioi_slips.py": 165,
     "project-2-Indirect-Object-Identification/*_claims.py": 350,
-    "tools/*.py": 1900,
-    "tools/benchmark*.py": 700,
-    "tests/*.py": 10200,
+    "tools/*.py": 1955,
+    "tools/benchmark*.py": 755,
+    "tests/*.py": 10455,
 }
-ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2320
+ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2330
 
 
 def n_lines(*patterns):

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tools.benchmark_scaling import scaling, write_plots
 from tools.benchmark_timing import PeakMemory, machine, matmul_rate, timed
+from tools.benchmark_widgets import clicks_to_figures
 from tools.benchmark_work import Work, gpt2_works, smollm2_works
 
 BUILD = Path("build")
@@ -52,19 +53,23 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_grad_enabled(False)
     BUILD.mkdir(exist_ok=True)
-    rows = []
+    rows, clicks = [], {}
     for works in (smollm2_works, gpt2_works):
         model, found = works(quick)
         for work in found:
             print(f"{work.name} ...", end=" ", flush=True)
             rows.append(time_row(model, work))
             print(f"{rows[-1].ratio:.3f} of TransformerLens's time", flush=True)
+        clicks = clicks or clicks_to_figures(model)
         del model, found
     report = {"machine": machine(), "quick": quick, "rows": [asdict(row) for row in rows]}
+    report["clicks_ms"] = clicks
     report["scaling"] = scaling(quick)
     (BUILD / "benchmark.json").write_text(json.dumps(report, indent=1))
     write_plots(report, BUILD / "benchmark.html")
     print("\n" + table(rows, report["scaling"]))
+    shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in clicks.items())
+    print(f"from a click to the figure of a widget (median): {shown}")
     if differ := [row.work for row in rows if not row.max_abs_diff < AGREE]:
         sys.exit(f"The ways differ by {AGREE} or more in: {', '.join(differ)}.")
 

@@ -60,6 +60,8 @@ def execute(notebook: NotebookNode, folder: Path, env: dict[str, str], label: st
     finally:
         for cell in code:
             cell.outputs = [output for output in cell.outputs if not _leftover(output)]
+            for output in cell.outputs:  # a widget's view leaves what stands in its place
+                output.get("data", {}).pop(WIDGET, None)
 
 
 def progress(notebook: NotebookNode, label: str):
@@ -79,6 +81,7 @@ def progress(notebook: NotebookNode, label: str):
 
 
 def _leftover(output: NotebookNode) -> bool:
-    """A widget's view, which is dead once its kernel has gone, or a progress bar that is over."""
+    """A widget, dead once its kernel has gone, without a figure; or a progress bar that is over."""
     over = output.get("name") == "stderr" and not output.text.strip()
-    return over or WIDGET in output.get("data", {})
+    data = output.get("data", {})
+    return over or (WIDGET in data and not set(data) - {WIDGET, "text/plain"})

@@ -17,7 +17,12 @@ from tqdm import tqdm
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.heads import prefix_matching_score, previous_token_score, score_heads
+from utils.heads import (
+    attention_patterns,
+    prefix_matching_score,
+    previous_token_score,
+    score_heads,
+)
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import check_count, repeated_tokens
 from utils.typed import checked
@@ -40,7 +45,8 @@ class ToyRun(NamedTuple):
     are two copies of `LONGEST` tokens; only `losses` has each token's (column i: token i + 1). The
     in-context-learning score is the loss around the middle of the second copy minus that around
     the middle of the first (each over 11 positions); the previous-token score is over the first
-    copy, the one that is looked up later.
+    copy, the one that is looked up later. `patterns` are means over as many prompts of two copies
+    of `SHORTEST` tokens: maps small enough to see and to keep.
     """
 
     model: TransformerBridge
@@ -52,6 +58,7 @@ class ToyRun(NamedTuple):
     losses: Float[Tensor, "snapshot prompt column"]
     prefix_matching: Float[Tensor, "snapshot layer head"]
     previous_token: Float[Tensor, "snapshot layer head"]
+    patterns: Float[Tensor, "snapshot layer head dest src"]
 
 
 def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> TransformerBridge:
@@ -255,7 +262,9 @@ def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> lis
     prefix = score_heads(model, tokens, prefix_matching_score)
     previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
     first, second = half_losses(loss, LONGEST)
-    return [first.mean(), second.mean(), icl.mean(), loss, prefix.mean(0), previous.mean(0)]
+    short = repeated_tokens(model, HELD_OUT, SHORTEST, seed=HELD_OUT_SEED)
+    scores = [prefix.mean(0), previous.mean(0), attention_patterns(model, short).mean(0)]
+    return [first.mean(), second.mean(), icl.mean(), loss, *scores]
 
 
 def tiny_model(n_layers: int = 4, seed: int = 0, grouped: bool = False) -> TransformerBridge:
