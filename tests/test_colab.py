@@ -59,7 +59,7 @@ def clone(project):
 : > {copy}/utils/__init__.py
 : > {copy}/utils/exercises.py
 echo 'no-such-package>=1' > {copy}/requirements.txt
-{CP} "{ROOT}/utils/colab.py" {copy}/utils
+{CP} "{ROOT}/utils/colab.py" "{ROOT}/utils/restart.py" {copy}/utils
 """
 
 

@@ -1,8 +1,6 @@
 """The hub answering, refusing, silent; and a download through huggingface_hub from a stand-in."""
 
 import contextlib
-import hashlib
-import http.server
 import json
 import os
 import socket
@@ -15,71 +13,10 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from stand_in_hub import COMMIT, FROM_HUB, REFUSING, a_hub, always
 
-from utils.models.hub import hub_reachable
+from utils.models.hub import hub_reachable, hub_trouble
 from utils.results import ROOT
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REFUSING = "http://127.0.0.1:1"  # nobody listens there
-FROM_HUB = {"X-Repo-Commit": COMMIT}
-
-
-@contextlib.contextmanager
-def serving(answer):
-    """The address of a server; `answer(path)` gives status, headers and content."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, headers, content = answer(self.path)
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def always(status, headers):
-    return serving(lambda path: (status, headers, b""))
-
-
-def a_hub(folder, asked):
-    """A hub: `folder` is each of its repositories, but "nobody" has none, and one is "gated"."""
-
-    def answer(path):
-        asked.append(path)
-        path = path.split("?")[0].strip("/")
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-        if "nobody/" in path:
-            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
-        if "gated/" in path:
-            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
-        if "/tree/" in path:
-            facts = {"type": "file", "oid": "0"}
-            tree = [{"path": name, "size": len(files[name]), **facts} for name in files]
-            return 200, {}, json.dumps(tree).encode()
-        if path.startswith("api/models/"):
-            repo_id = "/".join(path.split("/")[2:4])
-            siblings = [{"rfilename": name} for name in files]
-            info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
-            return 200, {}, json.dumps(info).encode()
-        content = files.get(path.rpartition("/")[2])
-        if content is None:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **FROM_HUB}, content
-
-    return serving(answer)
 
 
 def address(listener):
@@ -108,7 +45,7 @@ def ask(monkeypatch):
     def asking(endpoint):
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        hub_reachable.cache_clear()
+        hub_trouble.cache_clear()
         start = time.monotonic()
         answer = hub_reachable()
         assert time.monotonic() - start < 5
@@ -116,7 +53,7 @@ def ask(monkeypatch):
 
     yield asking
     huggingface_hub.close_session()
-    hub_reachable.cache_clear()
+    hub_trouble.cache_clear()
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -175,7 +112,8 @@ def test_answers_of_hubs_and_others(ask, status, headers, answer):
 
 SCRIPT = """
 import json, sys, time, torch
-from utils.models import load_model, model_label, weights_digest
+from utils.models import download, load_model, model_label, weights_digest
+download.PINNED.clear()  # the stand-in has other weights
 tokens = torch.arange(50).reshape(2, 25)
 for name in json.loads(sys.argv[1]):
     start = time.monotonic()
@@ -241,7 +179,8 @@ def test_silent_hub_and_empty_cache(tmp_path, smollm2):
         assert error == "ConnectionError" and 'load_model("smollm2-135m")' in message
     assert results["gpt2-small"][0] < 5 and results["any/other"][0] < 0.5
     assert results[None][1] == "smollm2-135m"
-    assert printed.count("hub does not answer and GPT-2 is not in the local cache") == 1
+    assert printed.count("Using SmolLM2-135M-Instruct in place of GPT-2 small: openai") == 1
+    assert "hub does not answer (silent for 4.5 s)" in printed
 
 
 def test_an_unfinished_download_is_not_taken_for_a_model(tmp_path):

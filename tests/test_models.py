@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from pathlib import Path
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
@@ -119,15 +119,19 @@ def test_second_load_takes_under_six_seconds(smollm2):
 # --- which model by default
 
 
-@pytest.mark.parametrize("hub", [True, False])
-@pytest.mark.parametrize("cached", [Path("somewhere"), None])
-def test_default_is_gpt2_when_it_can_be_had(monkeypatch, capsys, hub, cached):
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, None])
+def test_default_is_gpt2_when_it_can_be_had(monkeypatch, capsys, error, random_gpt2_folder):
     monkeypatch.delenv("MECH_INTERP_MODEL", raising=False)
-    monkeypatch.setattr(load, "hub_reachable", lambda: hub)
-    monkeypatch.setattr(load, "cached_folder", lambda repo_id: cached)
-    assert load.default_name() == ("gpt2-small" if hub or cached else "smollm2-135m")
-    lines = capsys.readouterr().out.splitlines()
-    assert ["hub does not answer" in line for line in lines] == [True] * (not hub and not cached)
+    had = Mock(side_effect=error and error("openai-community/gpt2: no. Try again."))
+    had.return_value = random_gpt2_folder
+    monkeypatch.setattr(load, "hub_folder", had)
+    monkeypatch.setattr(load, "load_smollm2", lambda: None)
+    _, origin = load_hf()
+    assert origin.label == ("smollm2-135m" if error else "gpt2-small")
+    notice = "Using SmolLM2-135M-Instruct in place of GPT-2 small: openai-community/gpt2: no.\n"
+    assert capsys.readouterr().out == (notice if error else "")
+    with pytest.raises(ConnectionError) if error is ConnectionError else nullcontext():
+        load_hf("gpt2-small" if error is ConnectionError else "smollm2-135m")  # no other instead
 
 
 def test_environment_overrides_the_default(monkeypatch, random_gpt2_folder):
@@ -138,7 +142,9 @@ def test_environment_overrides_the_default(monkeypatch, random_gpt2_folder):
 @pytest.mark.parametrize("name", ["gpt2-small", "gpt2", "openai-community/gpt2", "GPT2-small"])
 def test_every_name_of_gpt2_is_the_same_model(monkeypatch, name, random_gpt2_folder):
     asked = []
-    monkeypatch.setattr(load, "hub_folder", lambda repo: asked.append(repo) or random_gpt2_folder)
+    monkeypatch.setattr(
+        load, "hub_folder", lambda repo, _: asked.append(repo) or random_gpt2_folder
+    )
     _, origin = load_hf(name)
     assert asked == ["openai-community/gpt2"] and origin.label == "gpt2-small"
 

@@ -98,8 +98,10 @@ def test_a_copy_that_fails_costs_the_cache_not_the_model(
 
 def test_where_nothing_can_be_written_the_model_loads(converted, tmp_path, capsys, assert_right):
     (tmp_path / "cache").write_text("")  # a file: no folder can be made there
-    assert_right(load_smollm2())
-    assert "not kept" in (printed := capsys.readouterr().out) and "MECH_INTERP_CACHE" in printed
+    for _ in range(2):
+        assert_right(load_smollm2())
+    printed = capsys.readouterr().out
+    assert printed.count("not kept") == 1 and "MECH_INTERP_CACHE" in printed
 
 
 @pytest.mark.parametrize("hours, stays", [(0, True), (2, False)])

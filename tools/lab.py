@@ -69,6 +69,7 @@ def main(options: list[str]) -> None:
     names = [str(copy.relative_to(ROOT)) for copy in copies]
     print(f"Learning path: {', then '.join(names)}. Ctrl-C ends JupyterLab.", flush=True)
     os.chdir(ROOT)
+    os.environ.setdefault("PYTHONSTARTUP", str(ROOT / "tools/kernel_start.py"))
     command = ["-m", "jupyterlab", str(first.relative_to(ROOT)), *options]
     os.execv(sys.executable, [sys.executable, *command])
 

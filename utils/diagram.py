@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.look import PNG_WIDTH
+from utils.look import PNG_WIDTH, escaped
 from utils.results import role_in_words
 
 LOGITS, INK = "logits", "#222222"
@@ -92,7 +92,7 @@ def circuit_diagram(
     fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
     size = dict(width=PNG_WIDTH, height=height + 100, margin=dict(l=0, r=0, b=0, t=100))
-    title = dict(text=title, subtitle_text=_key(boxes, edges))
+    title = dict(text=escaped(title), subtitle_text=_key(boxes, edges))
     return fig.update_layout(title=title, showlegend=False, **size)
 
 
@@ -121,10 +121,10 @@ def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
         room = max(8, int(((PNG_WIDTH - GAP) / beside - 2 * GAP) / LETTER))  # letters in a line
         header = textwrap.wrap(role_in_words(name), room)
         heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 40))
-        text = "<br>".join([*(f"<b>{line}</b>" for line in header), *heads])
+        marked = [*(f"<b>{escaped(line)}</b>" for line in header), *map(escaped, heads)]
         width = max(110, LETTER * max(map(len, header + heads)) + LINE)
         height = LINE * (len(header + heads) + 1)
-        boxes[name] = Box(used.index(levels[name]), text, width, height)
+        boxes[name] = Box(used.index(levels[name]), "<br>".join(marked), width, height)
     return boxes | {LOGITS: Box(len(used), f"<b>{LOGITS}</b>", 110, 2 * LINE)}
 
 
@@ -193,7 +193,7 @@ def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]
         x, y = zip(*path, strict=True)
         fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
         taken.append(_spot(path, [*paths[:i], *paths[i + 1 :]], taken))
-        text = " ".join([*via, f"{effect:+.2f}"]).strip().replace("-", "−")
+        text = " ".join([*map(escaped, via), f"{effect:+.2f}"]).strip().replace("-", "−")
         font = dict(size=12, color=colour)  # that of its arrow
         at = dict(x=taken[-1][0], y=taken[-1][1])
         fig.add_annotation(text=text, showarrow=False, bgcolor="white", font=font, **at)

@@ -27,6 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.interrupts import ctrl_c_waits
+from utils.engine.memory import check_cache
 from utils.engine.packs import sweep_in_packs
 from utils.engine.readout import read_hook
 from utils.heads import HEAD_SITES, check_heads, n_site_heads
@@ -108,17 +110,18 @@ def record(
     "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
 
     With `n_layers` only the lowest layers are run. Raises ValueError for a site that the model
-    lacks, and as `check_tokens`.
+    lacks, and as `check_tokens`; MemoryError if what is kept takes over 80 % of the free memory.
     """
     check_tokens(model, tokens)
     layers = range(model.cfg.n_layers if n_layers is None else n_layers)
     names = [hook_name(layer, site) for site in sites for layer in layers]
     if lacking := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"sites: this model has no {lacking[0]}")
+    check_cache(model, tokens, names)
     # under hooks that are not in `edits` the tokens do not explain the activations
     points = model.hook_dict.values()
     plain = all(hook.is_permanent for point in points for hook in point.fwd_hooks)
-    with model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
+    with ctrl_c_waits(), model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
         cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=n_layers)[1]
     return Run({name: cache[name] for name in names}, tokens if plain else None, edits)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.memory import check_cache
 from utils.metrics import last_position_hooks, token_batches
 from utils.typed import checked
 
@@ -83,6 +84,7 @@ def cache_heads(
 ) -> ActivationCache:
     """Run once and keep only these sites of every layer: "q", "k", "v", "pattern" or "z"."""
     names = [f"blocks.{layer}.attn.hook_{s}" for layer in range(model.cfg.n_layers) for s in sites]
+    check_cache(model, tokens, names)
     with model.hooks(fwd_hooks=last_position_hooks()):
         return model.run_with_cache(tokens, names_filter=names)[1]
 

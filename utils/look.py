@@ -72,7 +72,12 @@ def titled(fig: go.Figure, title: str, note: str, headings: int = 0, *, height: 
 
 
 def wrapped(text: str, width: int) -> str:
-    return "<br>".join(textwrap.wrap(text, width))
+    return "<br>".join(map(escaped, textwrap.wrap(text, width)))
+
+
+def escaped(text: object) -> str:
+    """Text for plotly, which would take `<` for the start of a tag."""
+    return str(text).replace("<", "&lt;")
 
 
 def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -96,7 +101,7 @@ def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
 def category(name: object, n: int) -> str:
     """A bar's name: no underscores, and wrapped where the bars have room for it."""
     text = role_in_words(str(name))
-    return "<br>".join(textwrap.wrap(text, 14)) if n <= 12 else text
+    return wrapped(text, 14) if n <= 12 else escaped(text)
 
 
 SIDES = {  # where a label may stand: steps to its middle, in widths and heights of the label

@@ -13,6 +13,7 @@ A series of lines or bars is y, or (y, stderr), or samples [prompt x]: these are
 over prompts with its standard error.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from utils.look import (
     PNG_WIDTH,
     beside,
     category,
+    escaped,
     line_looks,
     titled,
     wrapped,
@@ -65,6 +67,7 @@ def heatmap(
     Raises ValueError for values that are not 2-d, empty, of unequal shapes, or labels that miss a
     row or column.
     """
+    x_label, y_label, value_label = map(escaped, (x_label, y_label, value_label))
     maps = values if isinstance(values, Mapping) else {"": values}
     arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
     if len({a.shape for a in arrays}) != 1:
@@ -137,6 +140,8 @@ def panels(
     x = _array(x, "x", 1)
     if not panels or not all(panels.values()):
         raise ValueError("series: got none, want at least one in each panel")
+    panels = {escaped(label): {escaped(n): y for n, y in s.items()} for label, s in panels.items()}
+    x_label = escaped(x_label)
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     note = ""
     looks = line_looks(names)
@@ -176,7 +181,7 @@ def panels(
         fig.add_vline(at, line=MARK, row="all", col=1)
         if len(panels) == 1:  # plotly places a note on a log axis by the logarithm
             at = math.log10(at) if log_x else at
-            fig.add_annotation(x=at, text=text, showarrow=False, **above)
+            fig.add_annotation(x=at, text=escaped(text), showarrow=False, **above)
         else:  # a legend stands there
             note = "; ".join(filter(None, [f"dashed: {text}", note]))
     height = 440 if len(panels) == 1 else 150 + 210 * len(panels)
@@ -203,6 +208,8 @@ def bars(
     elif errors is not None:
         raise ValueError("errors: with a dict of series, give each series as (values, stderr)")
     fig, note, names = go.Figure(), "", [category(name, len(names)) for name in names]
+    x_label, y_label = escaped(x_label), escaped(y_label)
+    values = {escaped(name): series for name, series in values.items()}
     for i, (name, series) in enumerate(values.items()):
         y, stderr = _with_error(series, name or "values", len(names))
         hover = f"%{{x}}<br>{y_label}: %{{y:.3f}}<extra>{name}</extra>"
@@ -213,7 +220,9 @@ def bars(
         fig.add_bar(x=names, y=y, name=name, **look)
         note = note if stderr is None else "error bars: ± one standard error"
     if baseline is not None:
-        fig.add_hline(baseline[0], line=MARK, annotation=dict(text=baseline[1], xanchor="right"))
+        fig.add_hline(
+            baseline[0], line=MARK, annotation=dict(text=escaped(baseline[1]), xanchor="right")
+        )
     fig.update_xaxes(title=x_label, type="category")
     fig.update_yaxes(title=y_label, zeroline=True, zerolinecolor="#888")
     return titled(fig, title, note, height=440)
@@ -241,7 +250,8 @@ def scatter(
     _check_length("names", names, x.size, "points")
     if names is None and x.ndim == 2:
         names = [f"L{layer}H{head}" for layer, head in np.ndindex(x.shape)]
-    names = [""] * x.size if names is None else [str(name) for name in names]
+    names = [""] * x.size if names is None else list(map(escaped, names))
+    x_label, y_label = escaped(x_label), escaped(y_label)
     x, y = x.ravel(), y.ravel()
     # Far from the middle in either axis, each measured in its own spread.
     far = sum(((v - np.median(v)) / (v.std() or 1)) ** 2 for v in (x, y))
@@ -279,7 +289,10 @@ def attention(
     view = attention_heads(p.round(3).tolist(), tokens, attention_head_names=names)
     static = os.environ.get("MECH_INTERP_STATIC") == "1"
     # The local form carries circuitsvis' script (1.3 MB) and needs no network.
-    display(HTML(view.cdn_src if static else view.local_src))
+    page = view.cdn_src if static else view.local_src
+    for texts in map(json.dumps, (tokens, names)):  # a token `</script>` would end the script
+        page = page.replace(texts, texts.replace("<", "\\u003c"))
+    display(HTML(page))
     if static:  # GitHub strips the script, so a picture follows
         title = f"Attention of {', '.join(names)}"
         words = dict(x_label="source", y_label="destination", value_label="attention", title=title)
@@ -328,5 +341,5 @@ def _ticks(labels: Sequence | None, n: int, room: int) -> dict:
     step = math.ceil(n / max(room, 1))
     if labels is None:
         return dict(nticks=min(n, room) + 1, tickformat="d")
-    text = [str(label).replace("\n", "\\n").replace("<", "&lt;") for label in labels[::step]]
+    text = [escaped(label).replace("\n", "\\n") for label in labels[::step]]
     return dict(tickvals=list(range(0, n, step)), ticktext=text)

@@ -7,6 +7,7 @@ sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss f
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ BATCH = 64  # sequences a step
 SNAPSHOT = 10  # steps from one measurement to the next
 EARLY, LATE, AROUND = 12, 12 + LONGEST, 5  # in-context-learning score: middle of either copy
 HELD_OUT, HELD_OUT_SEED = 64, 1_000_003
+_cut_short: dict[tuple, tuple] = {}  # trainings that were interrupted, as of their last snapshot
 
 
 class ToyRun(NamedTuple):
@@ -113,17 +115,27 @@ def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tenso
 def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int = 500) -> ToyRun:
     """Train a toy to predict every next token; measure it every `SNAPSHOT` steps.
 
-    Weights and data follow from `seed` alone, and all toys of a seed see the same batches.
-    Raises ValueError for fewer than one layer or step.
+    Weights and data follow from `seed` alone, and all toys of a seed see the same batches. A
+    training that was interrupted goes on where it stopped. Raises ValueError for fewer than one
+    layer or step.
     """
     check_count("n_steps", n_steps)
+    key = (n_layers, smeared, seed, n_steps)
     model = build_toy(n_layers, smeared, seed)
     held_out = repeated_tokens(model, HELD_OUT, LONGEST, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     snapshots = [(torch.tensor(0), *_measure(model, held_out))]
     name = f"{n_layers} layer{'s' * (n_layers > 1)}{', smeared keys' * smeared}"
-    for step in tqdm(range(1, n_steps + 1), desc=name, mininterval=0.5):
+    trained = model.original_model
+    done = 0
+    if key in _cut_short:
+        done, snapshots, *states = deepcopy(_cut_short[key])
+        trained.load_state_dict(states[0])
+        optimiser.load_state_dict(states[1])
+        generator.set_state(states[2])
+    steps = range(done + 1, n_steps + 1)
+    for step in tqdm(steps, desc=name, mininterval=0.5, initial=done, total=n_steps):
         with torch.enable_grad():
             loss = model(toy_batch(generator), return_type="loss")
             optimiser.zero_grad()
@@ -131,6 +143,9 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
         optimiser.step()
         if step % SNAPSHOT == 0 or step == n_steps:
             snapshots.append((torch.tensor(step), *_measure(model, held_out)))
+            states = trained.state_dict(), optimiser.state_dict(), generator.get_state()
+            _cut_short[key] = deepcopy((step, snapshots, *states))
+    del _cut_short[key]
     # LayerNorm's gains go into the weights next to it, as in every model of the notebooks
     model.enable_compatibility_mode()
     return ToyRun(model, held_out, *map(torch.stack, zip(*snapshots, strict=True)))

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.engine.packs import in_packs, rows_that_fit
+from utils.engine.memory import check_fits
+from utils.engine.packs import bytes_of_row, in_packs, rows_that_fit
 from utils.engine.replay import output_of
 from utils.engine.shortcuts import given_attention
 
@@ -47,6 +48,8 @@ def along_direct_paths(
             resid = at_columns(original, layer, "hook_resid_pre")
             return resid.expand(n, *resid.shape)
 
+        n_bytes = len(pack) * len(columns) * bytes_of_row(model, n_columns)
+        check_fits("A run of the paths", n_bytes, len(columns), columns.device)
         first, top = pack[0][0], max(layers)
         found = {layer: unchanged(layer, len(pack)) for layer in layers if layer < first}
         # [sender prompt col d_model] of the senders that have joined; for the rest of the pack the

@@ -13,9 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.interrupts import ctrl_c_waits
+from utils.engine.memory import SHARE, activation_shape, check_cache, check_fits, free_memory
 from utils.engine.readout import Hooks, Metric, read_hook, read_out, values_of
 from utils.engine.replay import Replay, can_replay, is_out_of_memory, layer_of
 
+KEPT = ("hook_resid_pre", "attn.hook_k", "attn.hook_v")  # what a recording has of each block
 Item = TypeVar("Item")
 Values = Float[Tensor, "item prompt *read"]
 
@@ -53,14 +56,20 @@ def sweep_in_packs(
     n_prompts, n_positions = tokens.shape
     last_alone, read = read is None, list(read or [n_positions - 1])
     n_part = min(n_prompts, rows_that_fit(model, n_positions))
+    names = [f"blocks.{layer}.{x}" for layer in range(model.cfg.n_layers) for x in KEPT]
+    check_cache(model, tokens, names)
     parts = [slice(i, min(i + n_part, n_prompts)) for i in range(0, n_prompts, n_part)]
 
     def plain(pack: list[int]) -> Values:
+        whole = n_prompts * bytes_of_row(model, n_positions)
+        check_fits("A run of the sweep", whole, n_prompts, tokens.device)
         hooks = [read_hook(read), *copy_hooks(base, [interventions[pack[0]]], slice(0, n_prompts))]
         hooks += getattr(metric, "hooks", ())
         return values_of(metric, model.run_with_hooks(tokens, fwd_hooks=hooks), last_alone)[None]
 
     def replayed(start: int, pack: list[int]) -> Values:
+        n_bytes = len(pack) * n_part * bytes_of_row(model, n_positions, start)
+        check_fits("A run of the sweep", n_bytes, n_prompts, tokens.device)
         layers, edits = [begins[i][1] for i in pack], [interventions[i] for i in pack]
         at = [position - start for position in read]
         resid = [
@@ -84,20 +93,6 @@ def sweep_in_packs(
             values = in_packs(together, size, partial(replayed, start), progress)
             found |= zip(together, values, strict=True)
     return torch.stack([found[i] for i in range(len(interventions))])
-
-
-def activation_shape(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], name: str
-) -> tuple[int, ...]:
-    """The shape of the activation at a hook point of a block, in a run on these prompts."""
-    cfg, (n_prompts, n_positions) = model.cfg, tokens.shape
-    site = name.rpartition("hook_")[2]
-    if site == "pattern":
-        return n_prompts, cfg.n_heads, n_positions, n_positions
-    if site in ("z", "q", "k", "v"):
-        grouped = getattr(cfg, "n_key_value_heads", None) if site in "kv" else None
-        return n_prompts, n_positions, grouped or cfg.n_heads, cfg.d_head
-    return n_prompts, n_positions, cfg.d_model
 
 
 def first_change(
@@ -155,13 +150,17 @@ def in_packs(
     run: Callable[[list[Item]], Float[Tensor, "item *rest"]],
     progress: tqdm,
 ) -> Float[Tensor, "item *rest"]:
-    """`run` on packs of so many items, joined; a pack that is out of memory is halved."""
+    """`run` on packs of so many items, joined; a pack that is out of memory is halved.
+
+    So is one that `run` refuses, with a MemoryError, before the system would end the process.
+    """
     raise_malloc_threshold()
     done, results = 0, []
     while done < len(items):
         pack = list(items[done : done + size])
         try:
-            results.append(run(pack))
+            with ctrl_c_waits():
+                results.append(run(pack))
         except (MemoryError, RuntimeError) as error:
             if len(pack) == 1 or not is_out_of_memory(error):
                 raise
@@ -181,16 +180,24 @@ def rows_that_fit(model: TransformerBridge, n_positions: int, start: int = 0) ->
 
     On a GPU they may take half of the free memory, else a quarter of what the model takes.
     """
-    cfg, weight = model.cfg, next(model.parameters())
+    weight = next(model.parameters())
+    free = free_memory(weight.device)
+    if weight.device.type == "cuda":
+        memory = free // 2
+    else:
+        memory = max(2**26, sum(p.nbytes for p in model.parameters()) // 4)
+    memory = min(memory, int(SHARE * free))
+    return max(1, memory // bytes_of_row(model, n_positions, start))
+
+
+def bytes_of_row(model: TransformerBridge, n_positions: int, start: int = 0) -> int:
+    """What running one prompt from position `start` on takes, about."""
+    cfg = model.cfg
     # numbers held at once: about so many streams of a position in one block (the MLP's inner ones,
     # those beside it, attention scores), and the keys and values it reads
     width = 4 * (cfg.d_mlp or 0) + 12 * cfg.d_model + 3 * cfg.n_heads * n_positions
     numbers = (n_positions - start) * width + 4 * n_positions * cfg.d_model
-    if weight.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(weight.device)[0] // 2
-    else:
-        memory = max(2**26, sum(p.nbytes for p in model.parameters()) // 4)
-    return max(1, memory // (numbers * weight.element_size()))
+    return numbers * next(model.parameters()).element_size()
 
 
 @cache

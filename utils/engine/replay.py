@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.readout import Hooks, read_hook
 from utils.engine.shortcuts import given_attention
 
@@ -78,12 +79,15 @@ class Replay:
         self.hidden: list[Float[Tensor, "prompt pos d_model"]] = []
         self._arguments: list[dict[str, Any]] = []
         self._tape = _KeyValueTape()
-        notes = [b.register_forward_pre_hook(self._note, with_kwargs=True) for b in model.blocks]
-        try:
-            model.run_with_hooks(tokens, fwd_hooks=[read_hook([-1]), *hooks])
-        finally:
-            for note in notes:
-                note.remove()
+        with ctrl_c_waits():
+            notes = [
+                b.register_forward_pre_hook(self._note, with_kwargs=True) for b in model.blocks
+            ]
+            try:
+                model.run_with_hooks(tokens, fwd_hooks=[read_hook([-1]), *hooks])
+            finally:
+                for note in notes:
+                    note.remove()
 
     def _note(self, block: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Keep what a block is given, and hand it the tape as its key/value cache."""
@@ -135,7 +139,8 @@ def can_replay(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> b
     """
     if model not in _exact:
         try:
-            _exact[model] = _is_exact(model, tokens)
+            with ctrl_c_waits():
+                _exact[model] = _is_exact(model, tokens)
         except (TypeError, RuntimeError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise

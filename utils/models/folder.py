@@ -36,6 +36,8 @@ def missing_part(folder: Path) -> str | None:
     if "config.json" not in present:
         return f"{folder} has no config.json, so it is no model in Hugging Face format"
     config = _read_dict(folder / "config.json")
+    if "adapter_config.json" in present:  # where peft is installed, it names another model to load
+        return f"{folder} holds an adapter (adapter_config.json), not a whole model"
     if config is not None and "transformers_weights" in config:
         return f"{folder / 'config.json'} names weights of its own: {ONLY_SAFETENSORS}"
     if index in present and not needed <= present:  # the weights are in several files

@@ -7,72 +7,93 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from utils.models.download import GPT2_ID, asked, damaged, download
 from utils.models.folder import missing_part
 
-GPT2_ID = "openai-community/gpt2"
 SECONDS = 4.5
+PATIENCE = 24  # seconds without progress, after which a download is given up
 HUB_HEADERS = ("X-Repo-Commit", "X-Error-Code")  # the hub sends one of them, a login page does not
+ELSE = 'Or use the offline model: load_model("smollm2-135m")'
 
-# What from_pretrained reads, at the top of a repository. Pickled weights are not on the list.
-TOKENIZER = ["*token*", "vocab*", "merges.txt", "spiece.model", "chat_template*"]
-WANTED = {
-    "allow_patterns": ["*config.json", "model*.safetensors*", *TOKENIZER],
-    "ignore_patterns": ["*/*"],
-}
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers, in at most 4.5 seconds; asked once a process."""
+    return not hub_trouble()
 
 
 @functools.cache
-def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers, in at most 4.5 seconds; asked once a process."""
-    answers = []
+def hub_trouble() -> str:
+    """What is wrong with the hub's answer, in a few words, or nothing; asked once a process."""
+    found = []
 
     def ask() -> None:
-        with contextlib.suppress(Exception):  # whatever goes wrong, the answer is no
+        try:
             url = huggingface_hub.hf_hub_url(GPT2_ID, "config.json")
             session = huggingface_hub.utils.get_session()
             reply = session.head(url, timeout=SECONDS, follow_redirects=True)
             replies = [*reply.history, reply]
             from_hub = any(name in r.headers for r in replies for name in HUB_HEADERS)
-            answers.append(from_hub and reply.status_code < 500)
+            fine = from_hub and reply.status_code < 500
+            found.append("" if fine else f"status {reply.status_code}, not an answer of the hub")
+        except Exception as error:  # whatever goes wrong, it does not answer
+            found.append(f"{type(error).__name__}: {error}")
 
-    if not constants.HF_HUB_OFFLINE:
-        # In a thread: looking a name up can hang past any time-out of the request's own.
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(SECONDS)
-    return any(answers)
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    # In a thread: looking a name up can hang past any time-out of the request's own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return found[0] if found else f"silent for {SECONDS} s"
 
 
 def cached_folder(repo_id: str) -> Path | None:
     """The model's folder in the local hub cache, if everything needed is there; asks nobody."""
     with contextlib.suppress(LocalEntryNotFoundError):
-        found = huggingface_hub.snapshot_download(repo_id, local_files_only=True, **WANTED)
+        found = huggingface_hub.snapshot_download(local_files_only=True, **asked(repo_id))
         if missing_part(Path(found)) is None:
             return Path(found)
     return None
 
 
-def hub_folder(repo_id: str) -> Path:
+def hub_folder(repo_id: str, patience: float = PATIENCE) -> Path:
     """The model's folder in the local hub cache, downloaded if need be; named by the commit.
 
-    ValueError: no such model, or not open to this user. ConnectionError: the hub is out of reach.
+    Files whose hash is not the published one are fetched again. ValueError: no such model, or not
+    open to this user. ConnectionError: the hub is out of reach, fails, sends damaged files, or
+    brings nothing to speak of for `patience` seconds; the message says how to go on.
     """
-    if folder := cached_folder(repo_id):
+    folder = cached_folder(repo_id)
+    bad = damaged(repo_id, folder) if folder else []
+    if folder and not bad:
         return folder
-    if not hub_reachable():
+    if trouble := hub_trouble():
+        what = f"{repo_id} is neither a local folder nor in the local cache"
+        how = "Connect to the internet (or set HF_ENDPOINT to a mirror)"
+        if bad:
+            what = f"{repo_id} is damaged in the local cache: the hash of {bad[0]} is another"
+            how = "Delete that file, and load again where the hub can be reached"
         raise ConnectionError(
-            f"{repo_id} is no local folder, it is not in the local cache, and the Hugging Face hub "
-            "does not answer. Connect to the internet (or set HF_ENDPOINT to a mirror), or use the "
-            'offline model: load_model("smollm2-135m")'
+            f"{what}, and the Hugging Face hub does not answer ({trouble}). {how}. {ELSE}"
         )
-    try:
-        return Path(huggingface_hub.snapshot_download(repo_id, **WANTED))
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"name={repo_id!r}: no such folder here, and no such model on the hub, or it is "
-            "private or its licence must be accepted on its page there (then set HF_TOKEN)"
-        ) from error
-    except OSError as error:
-        raise ConnectionError(f"{repo_id} could not be downloaded: {error}") from error
+    for path in bad:
+        path.unlink()
+    if failure := download(repo_id, patience):
+        raise ConnectionError(
+            f"{repo_id} could not be downloaded ({failure}). Try again later. {ELSE}"
+        )
+    folder = cached_folder(repo_id)
+    if folder is None:
+        lacks = "config.json, a tokenizer, or weights in safetensors"
+        raise ValueError(f"name={repo_id!r}: on the hub it lacks {lacks}")
+    bad = damaged(repo_id, folder)
+    for path in bad:
+        path.unlink()
+    if bad:
+        raise ConnectionError(
+            f"{repo_id} arrived damaged: the hash of {bad[0]} is not the published one. "
+            f"It was deleted: load the model again. {ELSE}"
+        )
+    return folder

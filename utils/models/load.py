@@ -10,12 +10,14 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_device
 
+from utils.models.download import GPT2_ID
 from utils.models.folder import Weights, folder_sha256, read_folder
-from utils.models.hub import GPT2_ID, cached_folder, hub_folder, hub_reachable
+from utils.models.hub import PATIENCE, hub_folder
 from utils.models.offline import GGUF_IS, GGUF_SHA256, load_smollm2
 
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
+DEFAULT_PATIENCE = 5  # seconds that a download of nobody's choice may stand still
 
 
 class Origin(NamedTuple):
@@ -63,7 +65,9 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     Compatibility mode changes the model it wraps in place: reference computations need their own.
     """
     transformers.utils.logging.disable_progress_bar()  # no bars for steps of under a second
-    name = default_name() if name is None else name
+    name = os.environ.get("MECH_INTERP_MODEL") or None if name is None else name
+    if name is None:
+        return _load_default()
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"name must be a model's name, a hub id or a folder, got {name!r}")
     if name.lower() == SMOLLM2_NAME:
@@ -80,18 +84,6 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
         f"name={name!r} is no model: wanted 'gpt2-small', 'smollm2-135m', a hub id 'owner/name', "
         "or an existing local folder in Hugging Face format"
     )
-
-
-def default_name() -> str:
-    """MECH_INTERP_MODEL, else gpt2-small if it can be had, else smollm2-135m with a notice."""
-    if chosen := os.environ.get("MECH_INTERP_MODEL"):
-        return chosen
-    if cached_folder(GPT2_ID) or hub_reachable():
-        return "gpt2-small"
-    print(
-        "The hub does not answer and GPT-2 is not in the local cache: using SmolLM2-135M-Instruct."
-    )
-    return SMOLLM2_NAME
 
 
 def model_label(model: TransformerBridge) -> str:
@@ -114,8 +106,18 @@ def _label(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
-def _load_hub(repo_id: str, label: str) -> tuple[Weights, Origin]:
-    folder = hub_folder(repo_id)
+def _load_default() -> tuple[Weights, Origin]:
+    """GPT-2 small if it can be had, else SmolLM2-135M-Instruct with a notice."""
+    try:
+        return _load_hub(GPT2_ID, "gpt2-small", DEFAULT_PATIENCE)
+    except (OSError, ValueError) as error:  # whatever it is, the notebook goes on
+        reason = str(error).partition(". ")[0]
+        print(f"Using SmolLM2-135M-Instruct in place of GPT-2 small: {reason}.", flush=True)
+        return load_hf(SMOLLM2_NAME)
+
+
+def _load_hub(repo_id: str, label: str, patience: float = PATIENCE) -> tuple[Weights, Origin]:
+    folder = hub_folder(repo_id, patience)
     source = f"Hugging Face hub, {repo_id} at commit {folder.name[:12]}"
     return read_folder(folder), Origin(label, source, folder.name)
 

