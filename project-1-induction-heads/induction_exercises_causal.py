@@ -201,7 +201,8 @@ ablation_experiment = EXERCISES.add(
     cases=lambda: {name: (model, repeats(3, 6), repeats(4, 6, seed=1), chosen, len(chosen))
                    for name, model, chosen in (
                        ("two layers", tiny_model(), a_group((0, 1), (2, 0))),
-                       ("one layer", toy.build_toy(2), a_group((1, 0), (0, 3), (1, 2))))},
+                       ("one layer", tiny_model(2, grouped=True),
+                        a_group((1, 0), (0, 3), (1, 2))))},
     mistakes={
         "That is zero ablation; put the mean over the other prompts there.":
             partial(_experiment, usual=lambda *_: 0.0),

@@ -161,7 +161,9 @@ def toy2():
     """An untrained two-layer attention-only model."""
     from utils.toy import build_toy  # its module is only needed by tests that use a toy
 
-    return build_toy(n_layers=2, seed=0)
+    model = build_toy(n_layers=2, seed=0)
+    model.enable_compatibility_mode()
+    return model
 
 
 @pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])

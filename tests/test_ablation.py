@@ -157,3 +157,11 @@ def test_random_control_takes_other_heads_of_the_same_layers(smollm2):
 def test_bad_input_is_named(random_gpt2, call, message):
     with pytest.raises(ValueError, match=message):
         call(random_gpt2)
+
+
+def test_patterns_of_other_prompts_are_refused(random_gpt2, draw, no_forward):
+    here, there = draw(random_gpt2), draw(random_gpt2, seed=1)
+    patterns = Run({f"blocks.{la}.attn.hook_pattern": torch.ones(2, 4, 9, 9) for la in (1, 2)})
+    edits = pattern_preserving(random_gpt2, [(1, 0)], patterns._replace(tokens=there))
+    with pytest.raises(ValueError, match="was recorded on other prompts"):
+        losses(random_gpt2, here, {"ablated": edits})

@@ -150,3 +150,15 @@ POS_MISFIT = r"tokens must be .*where .*pos=4; got int64 of shape \[1, 5\]"
 def test_bad_input_is_named(random_gpt2, call, message):
     with pytest.raises(ValueError, match=message):
         call(random_gpt2)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "n_repeats", "message"),
+    [(10, 4, "the tokens repeat every 5"), (4, 2, "repeat every 5"), (5, 1, "do not repeat")],
+)
+def test_a_segment_length_that_is_not_the_tokens_own_is_refused(
+    random_gpt2, no_forward, seq_len, n_repeats, message
+):
+    tokens = repeated_tokens(random_gpt2, 2, 5, n_repeats)
+    with pytest.raises(ValueError, match=f"seq_len={seq_len}, but .*{message}"):
+        score_heads(random_gpt2, tokens, induction_score, seq_len=seq_len)

@@ -89,6 +89,33 @@ def test_without_a_finite_figure_nothing_holds(ledger, value):
     assert (claim["measured"], claim["stderr"], claim["verdict"]) == (None, None, "does not hold")
 
 
+@pytest.mark.parametrize("verdict", ["no", math.nan, 1, [True]])
+def test_a_rule_that_gives_no_verdict_is_refused(ledger, verdict):
+    ledger.claims = {"odd": Claim("Odd", "p", "r.", lambda x: verdict)}
+    with pytest.raises(TypeError, match="odd: its rule must give True, False or None, got"):
+        ledger.record("odd", 0.5)
+    assert verdicts(ledger) == {}
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        (Estimate(1.0, -0.1, 8), "a standard error must be 0 or more, got -0.1"),
+        (Estimate(1.0, math.inf, 8), "a standard error must be 0 or more, got inf"),
+        (Estimate(1.0, None, 8), "a standard error must be 0 or more, got None"),
+        (Estimate(1.0, 0.1, -8), "n must be a count, got -8"),
+        (Estimate(1.0, 0.1, 0.5), "n must be a count, got 0.5"),
+        ((1.0, 0.1), "an estimate is .mean, stderr, n., got"),
+        ("0.5", "measured must be a number or an Estimate, got '0.5'"),
+        ([0.5], "measured must be a number or an Estimate"),
+    ],
+)
+def test_a_figure_that_is_none_is_refused(ledger, figure, message):
+    with pytest.raises((TypeError, ValueError), match=f"toy.copying: {message}"):
+        ledger.record("toy.copying", figure)
+    assert verdicts(ledger) == {}
+
+
 def test_a_claim_holds_only_with_those_it_needs(ledger):
     with pytest.raises(ValueError, match=r"lm\.needy needs lm\.loss, which was not recorded"):
         ledger.record("lm.needy", 1.0)

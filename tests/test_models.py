@@ -276,3 +276,11 @@ def test_a_model_that_cannot_be_wrapped(monkeypatch, random_gpt2_folder):
     monkeypatch.setattr(TransformerBridge, "enable_compatibility_mode", refuse)
     with pytest.raises(ValueError, match=r"cannot wrap .*NotImplementedError: no folding"):
         load_model(str(random_gpt2_folder))
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    edit_weights(
+        folder, lambda weights: weights["transformer.h.1.mlp.c_fc.weight"][0].fill_(torch.nan)
+    )
+    with pytest.raises(ValueError, match=r"of its weights are nan or infinite, such as \S*\.1\."):
+        load_model(str(folder), device="cpu")

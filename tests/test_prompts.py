@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.checks import check_tokens
 from utils.prompts import (
     WORDS,
-    check_tokens,
     induction_prompts,
     kind_prompts,
     long_texts,

@@ -9,14 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
+from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_count, check_tokens, generator_of, indices
 from utils.edits import Edit, Run, heads_from, record, sweep
-from utils.heads import Head, all_heads, check_heads
+from utils.heads import Head, all_heads, as_heads, check_heads
 from utils.metrics import TokenLoss, token_batches
 from utils.typed import checked
 
@@ -34,6 +36,7 @@ def mean_run(
     [1 pos head d_head], pos = 1 for a mean over positions. Raises as `check_tokens`, and ValueError
     for a mean over the positions of prompts of one token.
     """
+    check_tokens(model, tokens, folded=True)
     if not per_position and tokens.shape[1] < 2:
         raise ValueError("tokens: a mean over positions needs 2 or more, got prompts of one token")
     total: dict[str, Tensor] = {}
@@ -43,7 +46,7 @@ def mean_run(
     means = {name: z / len(tokens) for name, z in total.items()}
     if not per_position:
         means = {name: z[:, 1:].mean(1, keepdim=True) for name, z in means.items()}
-    return Run(means)
+    return Run(means, model=ref(model))
 
 
 @checked
@@ -53,13 +56,16 @@ def pattern_preserving(
     """Zero ablation in which no head attends differently for it (Olsson et al. 2022, appendix).
 
     `patterns` is `record(model, tokens, ["pattern"])` on the same prompts. They are forced in the
-    ablated layers and above; below nothing changes. Raises ValueError as `heads_from`.
+    ablated layers and above; below nothing changes. Raises ValueError as `heads_from`; a sweep of
+    the edits does for patterns of other prompts.
     """
     heads = check_heads(model, heads)
     zero = heads_from(model, heads, 0.0)
     lowest = min(head.layer for head in heads)
     above = [head for head in all_heads(model) if head.layer >= lowest]
-    return [*heads_from(model, above, patterns, "pattern"), *zero]
+    kept = heads_from(model, above, patterns, "pattern")
+    own = patterns.tokens is not None
+    return [*(edit._replace(same_prompts=own) for edit in kept), *zero]
 
 
 @checked
@@ -74,10 +80,9 @@ def losses(
     `columns` are those of the loss to compute (column i is about token i + 1); the others are nan,
     and cost no unembedding. Raises ValueError for a column out of range, and as `sweep`.
     """
+    check_tokens(model, tokens, folded=True)
     n_columns = tokens.shape[1] - 1
-    columns = list(range(n_columns) if columns is None else columns)
-    if not columns or min(columns) < 0 or max(columns) >= n_columns:
-        raise ValueError(f"columns must be one or more of 0..{n_columns - 1}, got {columns}")
+    columns = indices("columns", range(n_columns) if columns is None else columns, n_columns)
     loss = TokenLoss(tokens[:, [column + 1 for column in columns]])
     edits = list(interventions.values())
     found = sweep(model, tokens, loss, edits, read=columns, desc="ablating")
@@ -99,17 +104,17 @@ def random_control(
     `exclude` names heads that are not to be drawn either, such as weaker heads of the same kind.
     Raises ValueError for fewer than one draw, and when a layer has too few heads left.
     """
-    heads = check_heads(model, heads)
-    if n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, got {n_draws}")
-    wanted = Counter(head.layer for head in set(heads))
-    taken = set(heads) | {Head(*head) for head in exclude}
+    heads = check_heads(model, heads, distinct=True)
+    check_count("n_draws", n_draws)
+    wanted = Counter(head.layer for head in heads)
+    exclude = as_heads(exclude, "exclude")
+    taken = {*heads, *(check_heads(model, exclude, name="exclude") if exclude else [])}
     left = [head for head in all_heads(model) if head not in taken]
     others = {layer: [head for head in left if head.layer == layer] for layer in wanted}
     for layer, n in wanted.items():
         if len(others[layer]) < n:
             raise ValueError(f"layer {layer} has {len(others[layer])} other heads, {n} are wanted")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
 
     def draw(layer: int) -> list[Head]:
         order = torch.randperm(len(others[layer]), generator=generator)
@@ -126,6 +131,7 @@ def control_sizes(
 
     Raises ValueError as `check_heads`.
     """
-    ranked = check_heads(model, ranked)
+    ranked = check_heads(model, ranked, name="ranked", distinct=True)
+    sizes = indices("sizes", sizes, len(ranked) + 1)
     room = Counter(head.layer for head in all_heads(model) if head not in ranked)
     return [k for k in sizes if Counter(head.layer for head in ranked[:k]) <= room]

@@ -12,10 +12,10 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import direct_logit_attribution as by_component
 
-from utils.edits import hook_name, record
-from utils.heads import check_heads
-from utils.metrics import last_position_hooks, token_batches
-from utils.prompts import check_range, check_tokens
+from utils.checks import check_range, check_tokens
+from utils.edits import check_sweep, hook_name, record
+from utils.heads import as_heads, check_heads
+from utils.metrics import LogitDiff, last_position_hooks, token_batches
 from utils.typed import checked
 
 
@@ -109,7 +109,7 @@ def of_heads(
     values: Float[Tensor, "prompt layer head"], heads: Iterable[tuple[int, int]]
 ) -> Float[Tensor, "prompt n_heads"]:
     """The values of some heads, in their order. ValueError for none, or heads without a value."""
-    layer, head = torch.tensor([*heads]).reshape(-1, 2).T
+    layer, head = torch.tensor(as_heads(heads), dtype=torch.int64).reshape(-1, 2).T
     check_range("heads' layers", layer, values.shape[1])
     check_range("heads", head, values.shape[2])
     return values[:, layer, head]
@@ -149,6 +149,7 @@ def attention_table(
     """
     if lacking := {dest, *sources} - set(positions):
         raise ValueError(f"positions: no {sorted(lacking)[0]!r} among {list(positions)}")
+    heads = as_heads(heads)
     to = {s: attention_at(patterns, heads, positions[dest], positions[s]) for s in sources}
     mean = {place: attention.mean(0).tolist() for place, attention in to.items()}
     table = pd.DataFrame(mean, index=[str(head) for head in heads])
@@ -172,8 +173,7 @@ def attribution_patching(
     logits of the last position, [prompt 1 vocab]. Raises ValueError for prompts that differ in
     shape, and a metric that is not one differentiable value per prompt; tokens as `check_tokens`.
     """
-    check_tokens(model, clean, "clean")
-    check_tokens(model, corrupted, "corrupted")
+    check_sweep(model, {"clean": clean, "corrupted": corrupted}, metric)
     with torch.no_grad():
         wanted = torch.stack(list(record(model, clean, ["z"]).activations.values()))
     found: list[Float[Tensor, "prompt pos head d_head"]] = []
@@ -200,11 +200,12 @@ def _at_the_end(
     model: TransformerBridge, tokens: Tensor, answers: Tensor, sites: list[str]
 ) -> ActivationCache:
     """Every layer's `sites` at the last position, run batch by batch, once `answers` is checked."""
-    if not model.compatibility_mode:  # the last LayerNorm's weights belong in the unembedding
-        raise ValueError("model must be in compatibility mode: call enable_compatibility_mode()")
+    check_tokens(model, tokens, folded=True)  # the last LayerNorm's weights are in W_U
     if "attn.hook_z" in sites and getattr(model.blocks[0], "ln1_post", None) is not None:
         raise ValueError("model: its heads do not write to the residual stream one by one")
     check_range("answers", answers, model.cfg.d_vocab)
+    if answers.shape[1] == 2:
+        LogitDiff(answers)  # raises where right and wrong are one
     # a model has some of these only: those it lacks are not in the cache
     names = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale"]
     names += [f"blocks.{layer}.{site}" for layer in range(model.cfg.n_layers) for site in sites]

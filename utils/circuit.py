@@ -9,6 +9,7 @@ nodes K.
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,14 +17,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_count, check_model, check_range, check_tokens, generator_of
 from utils.edits import Edit, Run, hook_name, nodes_from, record, sweep
-from utils.heads import Head, all_heads, check_heads
-from utils.ioi import IOIPrompts
+from utils.engine.packs import check_edits
+from utils.heads import Head, all_heads, as_heads, check_heads
+from utils.ioi import IOIPrompts, NamePrompts
 from utils.metrics import Estimate, LogitDiff, estimate, token_batches
 from utils.typed import checked
 
-Circuit = dict[str, list[Head]]
+Circuit = Mapping[str, Sequence[tuple[int, int]]]
 Node = tuple[Head, str]
+Prompts = IOIPrompts | NamePrompts
 
 # Where each role does its work: Wang et al. 2022, figure 2. The last four are not the paper's:
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
@@ -74,6 +78,8 @@ def select_in_groups(
     The sign that counts is that of the group in which its mean effect is larger. Raises as
     `select_heads`.
     """
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
     largest: dict[Head, float] = {}
     for group in (groups, ~groups):
         for way in (1, -1):
@@ -84,21 +90,26 @@ def select_in_groups(
     return sorted(chosen, key=lambda head: -abs(largest[head]))
 
 
+@checked
 def nodes(circuit: Circuit) -> set[Node]:
     """Every (head, position name) of a circuit. Raises ValueError for a role without a position."""
     for role in circuit:
         if role not in ROLE_POSITIONS:
             raise ValueError(f"circuit: role {role!r} has no position in {ROLE_POSITIONS}")
-    return {
-        (Head(*head), ROLE_POSITIONS[role]) for role, heads in circuit.items() for head in heads
+    pairs = {
+        role: as_heads(heads, f"circuit[{role!r}]", distinct=True)
+        for role, heads in circuit.items()
     }
+    return {(head, ROLE_POSITIONS[role]) for role, heads in pairs.items() for head in heads}
 
 
+@checked
 def node_label(node: Node) -> str:
     """A node as text, such as "L5H1 END"."""
     return f"{node[0]} {node[1]}"
 
 
+@checked
 def node_from_label(label: str) -> Node:
     """The node that `node_label` writes so. ValueError for other text."""
     head, _, place = label.partition(" ")
@@ -107,6 +118,7 @@ def node_from_label(label: str) -> Node:
     return Head.from_label(head), place
 
 
+@checked
 def random_circuits(
     model: TransformerBridge, circuit: Circuit, n_draws: int, seed: int = 0
 ) -> list[Circuit]:
@@ -114,14 +126,14 @@ def random_circuits(
 
     Raises ValueError for fewer than one draw, and when the model has too few other heads.
     """
-    if n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, got {n_draws}")
+    check_count("n_draws", n_draws)
     sizes = [len(heads) for heads in circuit.values()]
-    taken = set(check_heads(model, (head for heads in circuit.values() for head in heads)))
+    taken = {head for head, _ in nodes(circuit)}
+    check_heads(model, taken, name="circuit")
     others = [head for head in all_heads(model) if head not in taken]
     if len(others) < sum(sizes):
         raise ValueError(f"circuit has {sum(sizes)} heads, the model only {len(others)} others")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
 
     def draw() -> Circuit:
         order = torch.randperm(len(others), generator=generator)[: sum(sizes)]
@@ -132,6 +144,24 @@ def random_circuits(
 
 
 @checked
+def check_prompts(prompts: Prompts, model: TransformerBridge | None = None) -> None:
+    """Raise ValueError for tokens, answers or positions that do not fit each other or the model."""
+    d_vocab = 2**62  # more than any model has
+    if model is not None:
+        check_model(model)
+        d_vocab = model.cfg.d_vocab
+    check_range("prompts.tokens", prompts.tokens, d_vocab)
+    if model is not None:
+        check_tokens(model, prompts.tokens, "prompts.tokens")
+    n_prompts, n_positions = prompts.tokens.shape
+    LogitDiff(prompts.answers).check(n_prompts, d_vocab)
+    for place, at in prompts.positions.items():
+        check_range(f"prompts.positions[{place!r}]", at, n_positions)
+        if at.shape != (n_prompts,):
+            raise ValueError(f"prompts.positions[{place!r}] must be one for each prompt")
+
+
+@checked
 @torch.no_grad()
 def abc_means(
     model: TransformerBridge, prompts: IOIPrompts, site: str = "z"
@@ -139,8 +169,11 @@ def abc_means(
     """Mean over the ABC prompts of each template (section 2.1): of z, [.. head d_head], or a site.
 
     Take a larger draw than the prompts that are evaluated, with another seed. A template without
-    prompts is nan. Raises as `record`.
+    prompts is nan. Raises as `record`, and ValueError for prompts without ABC ones.
     """
+    check_prompts(prompts, model)
+    if "abc" not in prompts.corrupted:
+        raise ValueError(f"prompts.corrupted lacks 'abc', it has {list(prompts.corrupted)}")
     tokens = prompts.corrupted["abc"]
     template = prompts.template.to(tokens.device)
     n_prompts = torch.bincount(template)
@@ -152,24 +185,30 @@ def abc_means(
     return total / n_prompts.view(-1, *[1] * (total.ndim - 1))
 
 
+@checked
 def node_mask(
-    model: TransformerBridge, prompts: IOIPrompts, nodes: Set[Node]
+    model: TransformerBridge, prompts: Prompts, nodes: Set[Node]
 ) -> Bool[Tensor, "prompt layer pos head"]:
     """True at every node, at that position of each prompt; False at every other.
 
-    Raises ValueError for a head the model lacks or a position the prompts lack.
+    Raises ValueError for a head the model lacks or a position the prompts lack, and as
+    `check_prompts`.
     """
+    check_prompts(prompts, model)
     n_prompts, n_positions = prompts.tokens.shape
     shape = (n_prompts, model.cfg.n_layers, n_positions, model.cfg.n_heads)
     mask = torch.zeros(shape, dtype=torch.bool)
     for head, position in nodes:
-        layer, index = check_heads(model, [head])[0]
+        layer, index = check_heads(model, [head], name="nodes")[0]
         if position not in prompts.positions:
-            raise ValueError(f"no position {position!r}, prompts have {list(prompts.positions)}")
+            raise ValueError(
+                f"nodes: no position {position!r}, prompts have {list(prompts.positions)}"
+            )
         mask[torch.arange(n_prompts), layer, prompts.positions[position].cpu(), index] = True
     return mask
 
 
+@partial(checked, gaps_in=("means",))
 def means_run(
     prompts: IOIPrompts, means: Float[Tensor, "template layer pos *rest"], site: str = "z"
 ) -> Run:
@@ -177,43 +216,53 @@ def means_run(
 
     Raises ValueError for means of another length, or that lack a prompt's template.
     """
+    check_prompts(prompts)
     template, n_positions = prompts.template.to(means.device), prompts.tokens.shape[1]
     if means.shape[2] != n_positions:
         raise ValueError(f"means are for {means.shape[2]} positions, prompts have {n_positions}")
-    has = ~means.flatten(1)[:, 0].isnan()
+    has = means.flatten(1).isfinite().all(1)
     lacking = [t for t in template.unique().tolist() if t >= len(has) or not has[t]]
     if lacking:
         raise ValueError(f"means lacks template {lacking}: take them over more prompts")
     return Run({hook_name(la, site): means[template, la] for la in range(means.shape[1])})
 
 
+@checked
 def knock_out(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, removed: Set[Node]
+    model: TransformerBridge, prompts: Prompts, means: Run, removed: Set[Node]
 ) -> list[Edit]:
     """Edits that mean-ablate these nodes."""
     return nodes_from(node_mask(model, prompts, removed), means)
 
 
-def outside(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
-) -> list[Edit]:
+@checked
+def outside(model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]) -> list[Edit]:
     """Edits that mean-ablate all but these nodes: every other head, at every position."""
     return nodes_from(~node_mask(model, prompts, kept), means)
 
 
+def check_means(model: TransformerBridge, prompts: Prompts, means: Run) -> None:
+    """Raise ValueError for means that do not fit the model and the prompts."""
+    edits = outside(model, prompts, means, set())
+    check_edits(model, prompts.tokens, edits)
+
+
+@checked
 def logit_diffs(
     model: TransformerBridge,
-    prompts: IOIPrompts,
+    prompts: Prompts,
     interventions: Sequence[Sequence[Edit]],
     base: Sequence[Edit] = (),
 ) -> Float[Tensor, "intervention prompt"]:
     """F: the logit difference under each intervention, on top of the edits in `base`."""
+    check_prompts(prompts, model)
     metric = LogitDiff(prompts.answers)
     return sweep(model, prompts.tokens, metric, interventions, base, desc="circuits")
 
 
+@checked
 def run_circuit(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node]
+    model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]
 ) -> Float[Tensor, "prompt"]:
     """F(C): the logit difference with every node but `kept` mean-ablated."""
     # one intervention without edits: the base run itself
@@ -238,8 +287,9 @@ def faithfulness(
     return Faithfulness(Estimate(ratio, error, len(f_model)), gap._replace(mean=abs(gap.mean)))
 
 
+@checked
 def completeness(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, circuit: Circuit
+    model: TransformerBridge, prompts: Prompts, means: Run, circuit: Circuit
 ) -> dict[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]]:
     """Per role G: F(C - G) and F(M - G), and under "none" F(C) and F(M) (section 4.1).
 
@@ -253,12 +303,20 @@ def completeness(
     return dict(zip(["none", *circuit], zip(in_circuit, in_model, strict=True), strict=True))
 
 
-def gap_by_prompt(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Float[Tensor, "prompt"]:
+@checked
+def gap_by_prompt(
+    pairs: Mapping[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]],
+) -> Float[Tensor, "prompt"]:
     """What each prompt adds to mean |F(C - G) - F(M - G)| over the roles G of `completeness`.
 
     A share of |F(M)|, whose mean over the prompts is that distance: a prompt counts as negative
-    where its difference has the other sign than the mean. nan for a circuit without roles.
+    where its difference has the other sign than the mean. nan for a circuit without roles. Raises
+    ValueError for pairs without "none", or with nan.
     """
+    if "none" not in pairs:
+        raise ValueError(f"pairs must have 'none', got {list(pairs)}")
+    if not all(f.isfinite().all() for both in pairs.values() for f in both):
+        raise ValueError("pairs must be finite, one has nan or infinite values")
     whole = pairs["none"][1].mean().abs()
     apart = [c - m for role, (c, m) in pairs.items() if role != "none"]
     if not apart:
@@ -266,9 +324,10 @@ def gap_by_prompt(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Float[Tensor, "
     return torch.stack([gap * gap.mean().sign() for gap in apart]).mean(0) / whole
 
 
+@checked
 def minimality(
     model: TransformerBridge,
-    prompts: IOIPrompts,
+    prompts: Prompts,
     means: Run,
     circuit: Circuit,
     choose: Bool[Tensor, "prompt"] | None = None,
@@ -277,9 +336,12 @@ def minimality(
 
     The paper picks K for each head by hand. Here K is empty or the rest of v's role, whichever
     shows the larger mean change on the prompts `choose` (default: all): heads of a role stand in
-    for each other.
+    for each other. Raises ValueError unless `choose` has one for each prompt, and chooses some.
     """
+    check_prompts(prompts, model)
     choose = torch.ones(len(prompts.tokens), dtype=torch.bool) if choose is None else choose
+    if len(choose) != len(prompts.tokens) or not choose.any():
+        raise ValueError(f"choose must choose among {len(prompts.tokens)} prompts, got {choose}")
     role_of: dict[Node, frozenset[Node]] = {}
     for role, heads in circuit.items():
         group = frozenset(nodes({role: heads}))

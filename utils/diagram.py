@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from utils.look import PNG_WIDTH, escaped
 from utils.results import role_in_words
+from utils.typed import checked
 
 LOGITS, INK = "logits", "#222222"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
@@ -60,6 +61,7 @@ class Box:
     high: float = 0
 
 
+@checked
 def circuit_diagram(
     roles: Roles, edges: Sequence[tuple], *, levels: Mapping[str, int], title: str
 ) -> go.Figure:

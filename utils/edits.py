@@ -20,6 +20,7 @@ alone, in a fraction of the time.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 from einops import rearrange
@@ -27,13 +28,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_model, check_tokens, indices
 from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.memory import check_cache
-from utils.engine.packs import sweep_in_packs
-from utils.engine.readout import read_hook
+from utils.engine.packs import check_edits, sweep_in_packs
+from utils.engine.readout import check_metric, read_hook
 from utils.heads import HEAD_SITES, check_heads, n_site_heads
-from utils.prompts import check_tokens
-from utils.typed import checked
+from utils.typed import BadArgument, checked, kind_of
 
 # not "resid_mid": what a hook puts there reaches the MLP alone, and not the stream above it
 STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -44,24 +45,28 @@ class Run(NamedTuple):
 
     Tokens and edits must explain the activations in full: `sweep` does not look at what they say
     is unchanged. Means, mixtures and what was changed by hand have no tokens: `Run(activations)`.
-    An axis of length one, as in a mean over prompts or positions, stands for all of them.
+    An axis of length one, as in a mean over prompts or positions, stands for all of them. `model`
+    (if known) refers to the model that ran, so that no other one is given its activations.
     """
 
     activations: Mapping[str, Tensor]
     tokens: Int[Tensor, "prompt pos"] | None = None
     edits: Sequence["Edit"] = ()
+    model: ref | None = None
 
 
 class Edit(NamedTuple):
     """At hook point `name`, wherever `where` is True, the activation becomes the source's.
 
     `where` has the axes of the activation: [prompt pos head 1], for a pattern [prompt head dest 1],
-    for the residual stream [prompt pos 1]. Any of them may have length one, for all.
+    for the residual stream [prompt pos 1]. Any of them may have length one, for all. With
+    `same_prompts` a sweep refuses a source that was recorded on others than its own.
     """
 
     name: str
     where: Bool[Tensor, "*axes"]
     source: Run | float
+    same_prompts: bool = False
 
     def __call__(self, x: Tensor, rows: slice = slice(None), start: int = 0) -> Tensor:
         """The activation after the edit. (`rows`, `start`: the engine's part of the prompts.)"""
@@ -77,6 +82,10 @@ class Edit(NamedTuple):
     def _part(self, what: str, values: Tensor, x: Tensor, rows: slice, start: int) -> Tensor:
         """What belongs to these prompts and positions; ValueError if it does not fit `x`."""
         axis = self.position_axis
+        kind = "bool" if what == "where" else "float"
+        if not isinstance(values, Tensor) or kind not in str(values.dtype):
+            wanted = f"{what} of the edit at {self.name} must be a tensor of {kind}s"
+            raise BadArgument(f"{wanted}; got {kind_of(values)}")
         fits = axis < values.ndim <= x.ndim  # copies of the prompts may stand in front
         if fits:
             values = values[rows] if len(values) > 1 else values
@@ -92,6 +101,7 @@ class Edit(NamedTuple):
         return values.to(x.device)
 
 
+@checked
 def hooks(edits: Iterable[Edit]) -> list[tuple[str, Callable]]:
     """The edits as TransformerLens hooks, for `model.run_with_hooks` or `model.hooks`."""
     return [(edit.name, lambda x, hook, edit=edit: edit(x)) for edit in edits]
@@ -110,10 +120,17 @@ def record(
     "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
 
     With `n_layers` only the lowest layers are run. Raises ValueError for a site that the model
-    lacks, and as `check_tokens`; MemoryError if what is kept takes over 80 % of the free memory.
+    lacks, as `check_tokens`, and for a model that is not in compatibility mode; MemoryError if what
+    is kept takes over 80 % of the free memory.
     """
-    check_tokens(model, tokens)
-    layers = range(model.cfg.n_layers if n_layers is None else n_layers)
+    check_tokens(model, tokens, folded=True)
+    if isinstance(sites, str):
+        raise ValueError(f"sites must be a list, such as ['z'], got {sites!r}")
+    n_layers = model.cfg.n_layers if n_layers is None else n_layers
+    if not 0 <= n_layers <= model.cfg.n_layers:
+        raise ValueError(f"n_layers must lie in 0..{model.cfg.n_layers}, got {n_layers}")
+    layers = range(n_layers)
+    _check_edits(model, tokens, edits)
     names = [hook_name(layer, site) for site in sites for layer in layers]
     if lacking := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"sites: this model has no {lacking[0]}")
@@ -123,7 +140,8 @@ def record(
     plain = all(hook.is_permanent for point in points for hook in point.fwd_hooks)
     with ctrl_c_waits(), model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
         cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=n_layers)[1]
-    return Run({name: cache[name] for name in names}, tokens if plain else None, edits)
+    kept = {name: cache[name] for name in names}
+    return Run(kept, tokens if plain else None, edits, ref(model))
 
 
 @checked
@@ -162,7 +180,8 @@ def heads_from(
         is_head = torch.zeros(n_site_heads(model, site), dtype=torch.bool)
         is_head[chosen] = True
         where = _places(at)[..., None] & is_head
-        edits.append(_edit(layer, site, rearrange(where, f"prompt pos head -> {axes}"), source))
+        places = rearrange(where, f"prompt pos head -> {axes}")
+        edits.append(_edit(layer, site, places, source, model))
     return edits
 
 
@@ -179,16 +198,19 @@ def stream_from(
     `site`: "resid_pre", "resid_post", "attn_out" or "mlp_out"; `at` as in `heads_from`. Raises
     ValueError for a layer or site the model lacks, or a source without it.
     """
+    check_model(model)
     if site not in STREAM_SITES or hook_name(0, site) not in model.hook_dict:
         raise ValueError(f"site must be one of {STREAM_SITES} that the model has, got {site!r}")
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"layer must lie in 0..{model.cfg.n_layers - 1}, got {layer}")
-    return [_edit(layer, site, _places(at)[..., None], source)]
+    return [_edit(layer, site, _places(at)[..., None], source, model)]
 
 
 @checked
 def nodes_from(mask: Bool[Tensor, "prompt layer pos head"], source: Run | float) -> list[Edit]:
     """Edits that take z from `source` wherever the mask is True, one for each layer with any."""
+    if mask.numel() == 0:
+        raise ValueError(f"mask is empty: shape {list(mask.shape)}")
     layers = mask.any(0).any(-1).any(-1).nonzero()[:, 0].tolist()
     return [_edit(layer, "z", mask[:, layer, :, :, None], source) for layer in layers]
 
@@ -211,17 +233,28 @@ def sweep(
     intervention can change are run again (`utils.engine`), many interventions in one batch; a
     model whose blocks cannot be run on their own takes a whole run for each. Raises ValueError for
     no interventions, edits that do not fit the prompts, positions out of range, and a metric that
-    does not give one value per prompt (or per prompt and position read).
+    does not give one value, and not nan, per prompt (or per prompt and position read).
     """
-    check_tokens(model, tokens)
+    check_sweep(model, {"tokens": tokens}, metric if read is None else None)
     if not interventions:
         raise ValueError("interventions is empty, give at least one")
-    last = tokens.shape[1] - 1
-    if read is not None and (not read or min(read) < 0 or max(read) > last):
-        raise ValueError(f"read must be one or more of 0..{last}, got {list(read)}")
+    read = read if read is None else indices("read", read, tokens.shape[1])
+    _check_edits(model, tokens, [edit for edits in (base, *interventions) for edit in edits])
     return sweep_in_packs(model, tokens, metric, interventions, base, read, desc)
 
 
+@checked
+def check_sweep(
+    model: TransformerBridge, prompts: Mapping[str, Tensor], metric: Callable | None
+) -> None:
+    """Raise ValueError for prompts (by name) or a metric of the last position that do not fit."""
+    for name, tokens in prompts.items():
+        check_tokens(model, tokens, name, folded=True)
+    if metric is not None:
+        check_metric(metric, len(tokens), model.cfg.d_vocab, model.cfg.device)
+
+
+@checked
 def hook_name(layer: int, site: str) -> str:
     """The name of a layer's hook point at a site; "out" is what attention gives, before a norm."""
     return f"blocks.{layer}.{'attn.' if site in (*HEAD_SITES, 'out') else ''}hook_{site}"
@@ -231,8 +264,30 @@ def _places(at: Bool[Tensor, "prompt pos"] | None) -> Bool[Tensor, "prompt pos"]
     return torch.ones(1, 1, dtype=torch.bool) if at is None else at.cpu()
 
 
-def _edit(layer: int, site: str, where: Bool[Tensor, "*axes"], source: Run | float) -> Edit:
+def _edit(
+    layer: int,
+    site: str,
+    where: Bool[Tensor, "*axes"],
+    source: Run | float,
+    model: TransformerBridge | None = None,
+) -> Edit:
     name = hook_name(layer, site)
     if isinstance(source, Run) and name not in source.activations:
         raise ValueError(f"source lacks {name}, it has {list(source.activations)[:3]} ...")
+    if model is not None:
+        _check_source(source, model)
     return Edit(name, where.cpu(), source)
+
+
+def _check_edits(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
+) -> None:
+    for edit in edits:
+        _check_source(edit.source, model)
+    check_edits(model, tokens, edits)
+
+
+def _check_source(source: Run | float, model: TransformerBridge) -> None:
+    of = source.model if isinstance(source, Run) else None
+    if of is not None and of() is not model:
+        raise ValueError("source is a run of another model than the one that it is to go into")

@@ -7,6 +7,8 @@ gathered by its attention, before W_O writes them to the residual stream).
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -15,11 +17,14 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_model, check_tokens
 from utils.engine.memory import check_cache
 from utils.metrics import last_position_hooks, token_batches
-from utils.typed import checked
+from utils.typed import BadArgument, checked, kind_of
 
 HEAD_SITES = ("z", "q", "k", "v", "pattern")
+# a score of a pattern with gaps is nan or infinite itself, and is not ranked
+of_patterns = partial(checked, gaps_in=("pattern",))
 
 
 class Head(NamedTuple):
@@ -34,12 +39,13 @@ class Head(NamedTuple):
     @classmethod
     def from_label(cls, label: str) -> "Head":
         """The head that prints as this. ValueError for other text."""
-        layer, _, head = label.removeprefix("L").partition("H")
+        layer, _, head = str(label).removeprefix("L").partition("H")
         if f"L{layer}H{head}" != label or not (layer.isdecimal() and head.isdecimal()):
             raise ValueError(f"label: got {label!r}, want one such as 'L5H1'")
         return cls(int(layer), int(head))
 
 
+@checked
 def n_site_heads(model: TransformerBridge, site: str = "z") -> int:
     """Heads of a layer at a site: fewer for "k" and "v" where query heads share keys and values.
 
@@ -51,52 +57,86 @@ def n_site_heads(model: TransformerBridge, site: str = "z") -> int:
     return grouped or model.cfg.n_heads
 
 
-@checked
-def check_heads(
-    model: TransformerBridge, heads: Iterable[tuple[int, int]], site: str = "z"
+def as_heads(
+    heads: Iterable[tuple[int, int]], name: str = "heads", distinct: bool = False
 ) -> list[Head]:
-    """The heads as a list of `Head`; ValueError if there are none or the model lacks one there."""
-    chosen = [Head(*head) for head in heads]
-    if not chosen:
-        raise ValueError("heads is empty, give at least one head")
-    n_layers, n_heads = model.cfg.n_layers, n_site_heads(model, site)
-    for head in chosen:
-        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
-            raise ValueError(f"no head {head} at {site!r}: {n_layers} layers of {n_heads} heads")
+    """Pairs as `Head`s; ValueError for one that is not two whole numbers.
+
+    Where each is counted, they must be `distinct`: ValueError for one that comes twice.
+    """
+    try:
+        chosen = [Head(index(layer), index(head)) for layer, head in heads]
+    except (TypeError, ValueError):
+        wanted = "a list of (layer, head), such as [(5, 1)]"
+        raise BadArgument(f"{name} must be {wanted}; got {kind_of(heads)}") from None
+    if distinct and len(set(chosen)) < len(chosen):
+        raise ValueError(f"{name} has {max(chosen, key=chosen.count)} twice")
     return chosen
 
 
+@checked
+def check_heads(
+    model: TransformerBridge,
+    heads: Iterable,
+    site: str = "z",
+    name: str = "heads",
+    distinct: bool = False,
+) -> list[Head]:
+    """The heads as a list of `Head`; ValueError if there are none or the model lacks one there.
+
+    And as `as_heads` and `check_model`.
+    """
+    check_model(model)
+    chosen = as_heads(heads, name, distinct)
+    if not chosen:
+        raise ValueError(f"{name} is empty, give at least one head")
+    n_layers, n_heads = model.cfg.n_layers, n_site_heads(model, site)
+    for head in chosen:
+        if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
+            has = f"{n_layers} layers of {n_heads} heads"
+            raise ValueError(f"{name}: no head {head} at {site!r}: {has}")
+    return chosen
+
+
+@checked
 def all_heads(model: TransformerBridge, site: str = "z") -> list[Head]:
     """Every head of the model at a site, layer by layer."""
     layers, heads = range(model.cfg.n_layers), range(n_site_heads(model, site))
     return [Head(layer, head) for layer in layers for head in heads]
 
 
+@checked
 def key_value_head(model: TransformerBridge, head: tuple[int, int]) -> Head:
     """The key/value head that a query head reads; under grouped keys several share one."""
-    layer, index = check_heads(model, [head])[0]
-    return Head(layer, index * n_site_heads(model, "k") // model.cfg.n_heads)
+    layer, query = check_heads(model, [head], name="head")[0]
+    return Head(layer, query * n_site_heads(model, "k") // model.cfg.n_heads)
 
 
 @checked
 def cache_heads(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], sites: Sequence[str]
 ) -> ActivationCache:
-    """Run once and keep only these sites of every layer: "q", "k", "v", "pattern" or "z"."""
+    """Run once and keep only these sites of every layer: "q", "k", "v", "pattern" or "z".
+
+    Raises ValueError for another site, and as `check_tokens`.
+    """
+    check_tokens(model, tokens)
+    if isinstance(sites, str) or not sites or not {*sites} <= {*HEAD_SITES}:
+        raise ValueError(f"sites must be a list of some of {HEAD_SITES}, got {sites!r}")
     names = [f"blocks.{layer}.attn.hook_{s}" for layer in range(model.cfg.n_layers) for s in sites]
     check_cache(model, tokens, names)
     with model.hooks(fwd_hooks=last_position_hooks()):
         return model.run_with_cache(tokens, names_filter=names)[1]
 
 
-@checked
+@of_patterns
 def previous_token_score(pattern: Float[Tensor, "*rest dest src"]) -> Float[Tensor, "*rest"]:
     """Mean attention to the token just before, over every position but the first."""
     _check_pattern(pattern)
     return pattern.diagonal(-1, dim1=-2, dim2=-1).mean(-1)
 
 
-@checked
+@of_patterns
 def duplicate_token_score(
     pattern: Float[Tensor, "*rest dest src"], seq_len: int
 ) -> Float[Tensor, "*rest"]:
@@ -104,7 +144,7 @@ def duplicate_token_score(
     return _stripe(pattern, seq_len, seq_len)
 
 
-@checked
+@of_patterns
 def induction_score(
     pattern: Float[Tensor, "*rest dest src"], seq_len: int
 ) -> Float[Tensor, "*rest"]:
@@ -115,7 +155,7 @@ def induction_score(
     return _stripe(pattern, seq_len, seq_len - 1)
 
 
-@checked
+@of_patterns
 def prefix_matching_score(
     pattern: Float[Tensor, "prompt *rest pos pos"], tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt *rest"]:
@@ -134,6 +174,7 @@ def prefix_matching_score(
     return (pattern * mask).sum((-2, -1)) / n_dest.reshape(-1, *ones)
 
 
+@checked
 @torch.no_grad()
 def attention_patterns(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
@@ -150,14 +191,21 @@ def score_heads(
     """Score every head on its own attention patterns, per prompt, in batches that fit in memory.
 
     `score(pattern, **kwargs)` is one of the functions above, or like them; one that takes `tokens`
-    is handed those of its batch. Raises as `check_tokens`.
+    is handed those of its batch. Raises as `check_tokens`, and ValueError for a `seq_len` that is
+    not the length at which the tokens repeat.
     """
+    if "seq_len" in kwargs:
+        check_tokens(model, tokens)
+        _check_repeats(tokens, kwargs["seq_len"])
     wants_tokens = "tokens" in inspect.signature(score).parameters
     scores = []
     for batch in token_batches(model, tokens):
         cache = cache_heads(model, batch, ["pattern"])
         extra = {**kwargs, "tokens": batch} if wants_tokens else kwargs
         by_layer = [score(cache["pattern", la], **extra) for la in range(model.cfg.n_layers)]
+        found = {tuple(getattr(one, "shape", ())[:2]) for one in by_layer}
+        if found != {(len(batch), model.cfg.n_heads)}:
+            raise ValueError(f"score must give [prompt head ...] values, got {found}")
         scores.append(torch.stack(by_layer, dim=1))
     return torch.cat(scores)
 
@@ -167,6 +215,8 @@ def top_heads(
     scores: Float[Tensor, "layer head"], k: int | None = None, threshold: float | None = None
 ) -> list[Head]:
     """Heads by falling score: the best `k`, those at or above `threshold`, or both."""
+    if scores.numel() == 0:
+        raise ValueError(f"scores is empty: shape {list(scores.shape)}")
     if k is None and threshold is None:
         raise ValueError("give k, threshold or both")
     if k is not None and not 1 <= k <= scores.numel():
@@ -175,6 +225,16 @@ def top_heads(
     if threshold is not None:
         order = order[values >= threshold]
     return [Head(int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in order[:k]]
+
+
+@checked
+def _check_repeats(tokens: Int[Tensor, "prompt pos"], seq_len: int) -> None:
+    body = tokens[:, 1:]
+    lengths = range(1, body.shape[1] // 2 + 1)
+    length = next((n for n in lengths if torch.equal(body[:, n:], body[:, :-n])), None)
+    if length != seq_len:
+        repeat = "do not repeat" if length is None else f"repeat every {length}"
+        raise ValueError(f"seq_len={seq_len}, but after the first the tokens {repeat}")
 
 
 def _check_pattern(pattern: Tensor) -> None:

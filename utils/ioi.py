@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.prompts import check_count, check_tokens, start_token
+from utils.checks import check_count, check_tokens, generator_of, start_token
 from utils.typed import checked
 
 # One word is one token, in every frame the slots stand at the same places.
@@ -89,11 +89,13 @@ class NamePrompts(NamedTuple):
     positions: dict[str, Int[Tensor, "prompt"]]
 
 
+@checked
 def single_token_names(model: TransformerBridge) -> list[str]:
     """The `NAMES` that are one token, with the space before them, in the model's tokenizer."""
     return _single_tokens(model, NAMES)
 
 
+@checked
 def ioi_prompts(model: TransformerBridge, n_prompts: int, seed: int = 0) -> IOIPrompts:
     """Aligned prompts: the answer is the indirect object IO, not the subject S, who is named twice.
 
@@ -127,6 +129,7 @@ def ioi_prompts(model: TransformerBridge, n_prompts: int, seed: int = 0) -> IOIP
     return IOIPrompts(*clean, template.to(device), is_abba.to(device), corrupted)
 
 
+@checked
 def eight_prompts(model: TransformerBridge) -> NamePrompts:
     """The eight prompts of the TransformerLens demos, with their start token.
 
@@ -144,6 +147,7 @@ def eight_prompts(model: TransformerBridge) -> NamePrompts:
     return _name_prompts(model, texts, answers)
 
 
+@checked
 def adversarial_prompts(
     model: TransformerBridge, n_prompts: int, seed: int = 0
 ) -> dict[str, NamePrompts]:
@@ -199,7 +203,7 @@ def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str,
     for slot, pool in pools.items():
         if not pool:
             raise ValueError(f"no {slot} is left: the model's tokenizer splits all of them")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     draws = []
     for _ in range(n_prompts):
         chosen = [names[i] for i in torch.randperm(len(names), generator=generator)[:5]]

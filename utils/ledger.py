@@ -9,12 +9,16 @@
 `build/results/<project>/<model label>.json`; MECH_INTERP_RESULTS names another folder.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from utils.ledger_table import LedgerTable, Rule
 from utils.results import (
@@ -71,7 +75,8 @@ class Ledger:
         reported) infinite; it is undecided where its rule is, or a claim that it needs. A second
         record of a claim replaces the first; if its verdict is another, what needs it has to be
         recorded again. Raises ValueError for an unknown id, or when a claim that it needs was not
-        recorded, TypeError for figures that are not the rule's.
+        recorded, or for an error below zero or infinite; TypeError for figures that are not the
+        rule's, and a rule that gives anything but True, False or None.
         """
         if claim_id not in self.claims:
             raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
@@ -81,6 +86,12 @@ class Ledger:
         for other in claim.needs:
             if other not in entries:
                 raise ValueError(f"{claim_id} needs {other}, which was not recorded before it")
+        if not (measured is None or isinstance(measured, Real | tuple)):
+            raise TypeError(
+                f"{claim_id}: measured must be a number or an Estimate, got {measured!r}"
+            )
+        for figure in (measured, *others, *named.values()):
+            _check_figure(claim_id, figure)
         value, stderr, n = measured if isinstance(measured, tuple) else (measured, None, None)
         known = plain(value) is not None and all(map(_known, (*others, *named.values())))
         verdicts = {HOLDS: True, FAILS: False, UNDECIDED: None}
@@ -89,6 +100,8 @@ class Ledger:
             holds = False if needed is False else claim.holds(measured, *others, **named)
         except (AttributeError, TypeError) as error:
             raise TypeError(f"{claim_id}: its rule cannot use these figures: {error}") from error
+        if not (holds is None or isinstance(holds, bool | np.bool_)):
+            raise TypeError(f"{claim_id}: its rule must give True, False or None, got {holds!r}")
         holds = every(needed, holds)
         entries[claim_id] = {
             "id": claim_id,
@@ -130,6 +143,18 @@ class Ledger:
             for claim, statements in zip(shown, needed, strict=True)
         ]
         return LedgerTable(data["claims"], rules)
+
+
+def _check_figure(claim_id: str, figure: object) -> None:
+    """Raise ValueError for an estimate whose error is no error, or that is of no values."""
+    if isinstance(figure, tuple):
+        if len(figure) != 3:
+            raise ValueError(f"{claim_id}: an estimate is (mean, stderr, n), got {figure!r}")
+        _, stderr, n = figure
+        if not (isinstance(stderr, Real) and (math.isnan(stderr) or 0 <= stderr < math.inf)):
+            raise ValueError(f"{claim_id}: a standard error must be 0 or more, got {stderr!r}")
+        if not isinstance(n, Integral) or n < 0:
+            raise ValueError(f"{claim_id}: n must be a count, got {n!r}")
 
 
 def _known(figure: object) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
 
+from utils.checks import check_tokens
 from utils.engine.readout import Hooks, LogitDiff, TokenLoss, read_hook
-from utils.prompts import check_tokens
 from utils.typed import checked
 
 __all__ = ["LogitDiff", "TokenLoss"]  # defined where the engine can use them
@@ -50,8 +50,9 @@ def estimate(
 
     With `strata`, such as frame and order, of which every sample has the same shares, only the
     spread within them counts. With `clusters`, such as frames of which another sample would have
-    others, that of the clusters' means does. Raises ValueError for no values, a stratum with a
-    single one, or both kinds of groups.
+    others, that of the clusters' means does. Raises ValueError for no values, one that is nan (a
+    mean over the rest would be of other prompts), a stratum with a single one, or both kinds of
+    groups.
     """
     if len(values) == 0:
         raise ValueError("values is empty, want at least one")
@@ -85,6 +86,7 @@ def proportion(successes: Bool[Tensor, "n"]) -> Estimate:
     return Estimate(share, half, n)
 
 
+@checked
 def token_batches(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 ) -> tuple[Int[Tensor, "batch pos"], ...]:
@@ -98,12 +100,15 @@ def last_position_hooks() -> Hooks:
     return [read_hook([-1])]
 
 
+@checked
 def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Hooks:
     """Hooks under which the last LayerNorm divides by what it divides by on these prompts now.
 
     An intervention also changes the length of the final residual stream, and so what every other
     component writes to the logits. With its scale held, only the intervention's own path counts.
+    Raises as `check_tokens`.
     """
+    check_tokens(model, tokens)
     name = "ln_final.hook_scale"
     _, cache = model.run_with_cache(tokens, names_filter=[name])
     scale = cache[name]  # [prompt pos 1]
@@ -138,14 +143,14 @@ def half_losses(loss: Float[Tensor, "prompt column"], seq_len: int) -> HalfLosse
     """Mean loss on the first and the second copy of `repeated_tokens`, per prompt, in nats.
 
     The second copy is taken without its first token: nothing says yet that a repeat begins, so it
-    cannot be predicted. Raises ValueError unless the loss covers two copies of at least 2 tokens.
+    cannot be predicted. Raises ValueError unless the loss is of two copies of at least 2 tokens.
     """
-    if seq_len < 2 or loss.shape[1] < 2 * seq_len:
+    if seq_len < 2 or loss.shape[1] != 2 * seq_len:
         raise ValueError(
-            f"seq_len={seq_len} needs 2 or more tokens and a loss of at least {2 * seq_len} "
-            f"columns, got {loss.shape[1]}"
+            f"seq_len={seq_len} needs 2 or more tokens and a loss of {2 * seq_len} columns, "
+            f"got {loss.shape[1]}"
         )
-    return HalfLosses(loss[:, :seq_len].mean(1), loss[:, seq_len + 1 : 2 * seq_len].mean(1))
+    return HalfLosses(loss[:, :seq_len].mean(1), loss[:, seq_len + 1 :].mean(1))
 
 
 @checked
@@ -161,7 +166,7 @@ def icl_score(
     """
     if window < 0 or early - window < 1 or late + window > loss.shape[1] or early >= late:
         raise ValueError(
-            f"positions {early} and {late} with window {window} must be in order and within "
+            f"early={early} and late={late} with window={window} must be in order and within "
             f"1..{loss.shape[1]}"
         )
 
@@ -188,8 +193,11 @@ def repeats_bigram(tokens: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt po
 def logit_diff(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
-    """Logit of the right minus logit of the wrong answer at the last position, per prompt."""
-    return LogitDiff(answers)(logits)
+    """Logit of the right minus logit of the wrong answer at the last position, per prompt.
+
+    Raises ValueError for answers outside the vocabulary, or of which right and wrong are one.
+    """
+    return _answers_of(logits, answers)(logits)
 
 
 @checked
@@ -211,6 +219,7 @@ def normalised_effect(
     return (patched - start) / gap
 
 
+@checked
 def accuracy(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
@@ -223,6 +232,7 @@ def answer_probability(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Probability of the right answer, among all tokens, at the last position."""
+    _answers_of(logits, answers)
     right = answers[:, :1].to(logits.device)
     return logits[:, -1].softmax(-1).gather(1, right)[:, 0]
 
@@ -232,6 +242,7 @@ def answer_rank(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Int[Tensor, "prompt"]:
     """Rank of the right answer at the last position: 1 when no token has a higher logit."""
+    _answers_of(logits, answers)
     last = logits[:, -1]
     return 1 + (last > last.gather(1, answers[:, :1].to(logits.device))).sum(1)
 
@@ -243,3 +254,12 @@ def correlation(x: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> float:
         if len(values) < 2 or (values == values[0]).all():
             raise ValueError(f"{name} must vary, got {len(values)} values all the same")
     return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
+
+
+def _answers_of(logits: Tensor, answers: Tensor) -> LogitDiff:
+    """The answers as a metric; ValueError where they do not fit the logits."""
+    if logits.shape[1] == 0:
+        raise ValueError("logits is empty, want those of one position at least")
+    metric = LogitDiff(answers)
+    metric.check(len(logits), logits.shape[-1])
+    return metric

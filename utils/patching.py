@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.edits import heads_from, only_at, record, stream_from, sweep
+from utils.checks import indices
+from utils.edits import check_sweep, heads_from, only_at, record, stream_from, sweep
 from utils.heads import all_heads, check_heads, n_site_heads
 from utils.typed import checked
 
@@ -36,6 +37,7 @@ def patch_heads(
     of the last position alone, [prompt 1 vocab]. Raises ValueError for an unknown site or head,
     prompts that differ in shape, and a metric that is not one per prompt.
     """
+    check_sweep(model, {"clean": clean, "corrupted": corrupted}, metric)
     n_heads = n_site_heads(model, site)
     chosen = all_heads(model, site) if heads is None else check_heads(model, heads, site)
     top = max(head.layer for head in chosen)  # what lies above needs no recording
@@ -64,13 +66,13 @@ def patch_stream(
     for prompts that differ in shape, positions, layers or a site that the model lacks, and a metric
     that is not one per prompt.
     """
-    layers = list(range(model.cfg.n_layers) if layers is None else layers)
-    positions = list(range(clean.shape[1]) if positions is None else positions)
-    if not layers or not positions:
-        raise ValueError(f"layers and positions: give one at least, got {layers} and {positions}")
+    check_sweep(model, {"clean": clean, "corrupted": corrupted}, metric)
+    n_layers, n_positions = model.cfg.n_layers, clean.shape[1]
+    layers = indices("layers", range(n_layers) if layers is None else layers, n_layers)
+    every = range(n_positions) if positions is None else positions
+    positions = indices("positions", every, n_positions)
     places = [only_at(clean, position) for position in positions]
-    for layer in layers:
-        stream_from(model, layer, 0.0, site)  # raises before anything runs
+    stream_from(model, 0, 0.0, site)  # raises before anything runs
     from_clean = record(model, clean, [site], n_layers=max(layers) + 1)
     patches = [stream_from(model, la, from_clean, site, at) for la in layers for at in places]
     values = sweep(model, corrupted, metric, patches, desc="patching")

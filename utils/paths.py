@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.edits import Run, heads_from, hook_name, only_at, record, sweep
+from utils.checks import check_range
+from utils.edits import Run, check_sweep, heads_from, hook_name, only_at, record, sweep
 from utils.engine.direct import Streams, along_direct_paths
 from utils.engine.readout import read_out
 from utils.engine.replay import can_replay
@@ -50,11 +51,14 @@ def path_patch(
     last position alone, [prompt 1 vocab]. Raises ValueError for prompts that differ in shape,
     unknown heads, receivers without a site (or the reverse) and positions out of range.
     """
+    check_sweep(model, {"original": original, "new": new}, metric)
     every = senders is None
-    senders = all_heads(model) if every else check_heads(model, senders)
+    senders = all_heads(model) if every else check_heads(model, senders, name="senders")
     targets = _targets(model, receivers, site)
     if positions is not None and not targets:
         raise ValueError("positions are those of the receivers: give receivers too")
+    if positions is not None:
+        check_range("positions", positions, original.shape[1])
     at = None if positions is None else only_at(original, positions)
     top = max(targets).layer if targets else None  # what lies above needs no recording
     from_original = record(model, original, ["z", "resid_pre", "out"], n_layers=top)
@@ -136,5 +140,6 @@ def _targets(
         return []
     if site not in INPUTS:
         raise ValueError(f"site must be one of {INPUTS} for receivers, got {site!r}")
-    heads = check_heads(model, receivers)
-    return heads if site == "q" else [key_value_head(model, head) for head in heads]
+    heads = check_heads(model, receivers, name="receivers")
+    shared = dict.fromkeys(key_value_head(model, head) for head in heads)
+    return heads if site == "q" else list(shared)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 import plotly.express as px
@@ -37,6 +38,7 @@ from utils.look import (
     titled,
     wrapped,
 )
+from utils.typed import BadArgument, kind_of
 
 Numbers = Tensor | np.ndarray | Sequence[float]
 Series = Mapping[str, Numbers | tuple[Numbers, Numbers]]
@@ -76,6 +78,8 @@ def heatmap(
     n_maps, n_rows, n_cols = stack.shape
     _check_length("x", x, n_cols, "columns")
     _check_length("y", y, n_rows, "rows")
+    if limit is not None and not (isinstance(limit, Real) and 0 < limit < math.inf):
+        raise BadArgument(f"limit must be a number above 0; got {kind_of(limit)}")
     finite = stack[np.isfinite(stack)]
     high = limit or float((abs(finite) if diverging else finite).max(initial=0)) or 1.0
     scale = dict(zmin=-high if diverging else float(finite.min(initial=0)), zmax=high)
@@ -138,6 +142,9 @@ def panels(
     ValueError for no series, or one that does not have a value for each x.
     """
     x = _array(x, "x", 1)
+    _check_named("panels", panels)
+    for series in panels.values():
+        _check_named("series", series)
     if not panels or not all(panels.values()):
         raise ValueError("series: got none, want at least one in each panel")
     panels = {escaped(label): {escaped(n): y for n, y in s.items()} for label, s in panels.items()}
@@ -207,6 +214,7 @@ def bars(
         values = {"": values if errors is None else (values, errors)}
     elif errors is not None:
         raise ValueError("errors: with a dict of series, give each series as (values, stderr)")
+    _check_list("names", names)
     fig, note, names = go.Figure(), "", [category(name, len(names)) for name in names]
     x_label, y_label = escaped(x_label), escaped(y_label)
     values = {escaped(name): series for name, series in values.items()}
@@ -280,6 +288,7 @@ def attention(
     from circuitsvis.attention import attention_heads
     from IPython.display import HTML, display
 
+    _check_list("tokens", tokens)
     p, n = _array(patterns, "patterns", 3), len(tokens)
     if p.shape[1:] != (n, n):
         raise ValueError(f"patterns: got {list(p.shape)}, want [head {n} {n}] for {n} tokens")
@@ -310,15 +319,31 @@ def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:
     """The values as float64; ValueError naming `name` unless their dimensions are among `ndims`."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers; got {kind_of(values)}") from None
     if array.ndim not in ndims or array.size == 0:
         want = " or ".join(map(str, ndims))
         raise ValueError(f"{name}: got shape {list(array.shape)}, want {want} non-empty dimensions")
     return array
 
 
+def _check_named(name: str, values: object) -> None:
+    if not isinstance(values, Mapping):
+        raise BadArgument(f"{name} must be a dict, name to values; got {kind_of(values)}")
+
+
+def _check_list(name: str, items: object) -> None:
+    if not isinstance(items, Sequence | np.ndarray | Tensor):
+        raise BadArgument(f"{name} must be a list; got {kind_of(items)}")
+
+
 def _check_length(name: str, items: Sequence | None, want: int, of: str) -> None:
-    if items is not None and len(items) != want:
+    if items is None:
+        return
+    _check_list(name, items)
+    if len(items) != want:
         raise ValueError(f"{name}: got {len(items)} entries, want {want} (the number of {of})")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_count, check_length, generator_of, start_token
 from utils.typed import checked
 
 WORDS = (  # two that a line may begin with, two for its second word
@@ -34,13 +35,7 @@ class InductionPrompts(NamedTuple):
     positions: dict[str, int]
 
 
-def start_token(model: TransformerBridge) -> int:
-    """The token every prompt starts with: BOS, else end-of-text, else 0 (no tokenizer)."""
-    names = ("bos_token_id", "eos_token_id")
-    ids = [getattr(model.tokenizer, name, None) for name in names]
-    return next((token for token in ids if token is not None), 0)
-
-
+@checked
 def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "token"]:
     """Tokens random prompts are drawn from: neither special, nor among the most or least common.
 
@@ -56,6 +51,7 @@ def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "token"]:
     return torch.tensor([t for t in range(size // 50, size // 5) if t not in special])
 
 
+@checked
 def repeated_tokens(
     model: TransformerBridge, n_prompts: int, seq_len: int, n_repeats: int = 2, seed: int = 0
 ) -> Int[Tensor, "prompt pos"]:
@@ -67,15 +63,16 @@ def repeated_tokens(
     """
     for name, count in (("n_prompts", n_prompts), ("seq_len", seq_len), ("n_repeats", n_repeats)):
         check_count(name, count)
-    _check_length(model, 1 + seq_len * n_repeats, "prompts")
+    check_length(model, 1 + seq_len * n_repeats, "prompts")
     pool = ordinary_tokens(model)
     if seq_len > len(pool):
         raise ValueError(f"seq_len must be at most {len(pool)} (distinct tokens), got {seq_len}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     rows = [torch.randperm(len(pool), generator=generator)[:seq_len] for _ in range(n_prompts)]
     return _with_start(model, pool[torch.stack(rows)].repeat(1, n_repeats))
 
 
+@checked
 def induction_prompts(
     model: TransformerBridge, n_prompts: int, seq_len: int = 10, seed: int = 0
 ) -> InductionPrompts:
@@ -95,7 +92,7 @@ def induction_prompts(
     """
     check_count("seq_len", seq_len, least=7)  # x A B y C D z
     a, b, c, d, end = seq_len - 5, seq_len - 4, seq_len - 2, seq_len - 1, 2 * seq_len - 5
-    _check_length(model, end + 1, "prompts")
+    check_length(model, end + 1, "prompts")
     first = repeated_tokens(model, n_prompts, seq_len, n_repeats=1, seed=seed)
     clean = torch.cat([first, first[:, 1 : a + 1]], dim=1)
     corrupted = {name: clean.clone() for name in ("query", "key", "value")}
@@ -106,6 +103,7 @@ def induction_prompts(
     return InductionPrompts(clean, corrupted, clean[:, [b, d]], positions)
 
 
+@checked
 def long_texts(
     model: TransformerBridge, n_texts: int, n_tokens: int, seed: int = 0
 ) -> Int[Tensor, "text pos"]:
@@ -119,7 +117,7 @@ def long_texts(
     """
     check_count("n_texts", n_texts)
     check_count("n_tokens", n_tokens, least=2)
-    _check_length(model, n_tokens, "texts")
+    check_length(model, n_tokens, "texts")
     if model.tokenizer is None:
         raise ValueError("long_texts needs a model with a tokenizer, got one without")
 
@@ -149,6 +147,7 @@ class KindPrompts(NamedTuple):
     labels: Int[Tensor, "label"]
 
 
+@checked
 def kind_prompts(
     model: TransformerBridge, n_prompts: int, n_lines: int = 16, seed: int = 0
 ) -> KindPrompts:
@@ -176,7 +175,7 @@ def kind_prompts(
     if min(map(len, pools)) <= n_lines // 2:
         raise ValueError(f"n_lines={n_lines} needs more words than this tokenizer has in one size")
     newline, colon, *labels = (ids_of(text)[-1] for text in ("\n", ":", " A", " B", " C", " D"))
-    generator, rows, kinds = torch.Generator().manual_seed(seed), [], []
+    generator, rows, kinds = generator_of(seed), [], []
     for _ in range(n_prompts):
         kind = torch.randperm(n_lines, generator=generator) % 4
         kind = torch.cat([kind, torch.randint(4, (1,), generator=generator)])
@@ -188,48 +187,10 @@ def kind_prompts(
         rows.append(row[:-1])
         kinds.append(kind)
     tokens, kind, labels = torch.tensor(rows), torch.stack(kinds), torch.tensor(labels)
-    _check_length(model, tokens.shape[1] + 1, "prompts")
+    check_length(model, tokens.shape[1] + 1, "prompts")
     places = [(line + 1) * (2 * width + 3) for line in range(n_lines)]
     same = kind[:, :-1] == kind[:, -1:]
     return KindPrompts(_with_start(model, tokens), same, places, labels[kind[:, -1]], labels)
-
-
-@checked
-def check_tokens(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], name: str = "tokens"
-) -> None:
-    """Raise ValueError unless `tokens` is not empty, fits the model and has no padding in front.
-
-    Without a mask a prompt that begins with padding would attend to it.
-    """
-    check_range(name, tokens, model.cfg.d_vocab)
-    _check_length(model, tokens.shape[1], name)
-    padding = getattr(model.tokenizer, "pad_token_id", None)
-    # where padding is also the start token, one of them is none
-    width = 2 if padding == start_token(model) else 1
-    if padding is None or tokens.shape[1] <= width:
-        return
-    padded = (tokens[:, :width] == padding).all(1).nonzero()
-    if len(padded):
-        raise ValueError(
-            f"{name}: prompt {int(padded[0])} begins with padding (token {padding}), "
-            "give prompts of one length"
-        )
-
-
-def check_range(name: str, values: Int[Tensor, "..."], size: int) -> None:
-    """Raise ValueError unless there are values, all of them in 0..size - 1."""
-    if values.numel() == 0:
-        raise ValueError(f"{name} is empty: shape {list(values.shape)}")
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie in 0..{size - 1}, got {low}..{high}")
-
-
-def check_count(name: str, count: int, least: int = 1) -> None:
-    """Raise ValueError for a count that is too small."""
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
 def _manual_topics() -> dict[str, Callable[[], str]]:
@@ -265,8 +226,3 @@ def _is_prose(paragraph: str) -> bool:
 def _with_start(model: TransformerBridge, tokens: Tensor) -> Int[Tensor, "prompt pos"]:
     padded = torch.nn.functional.pad(tokens, (1, 0), value=start_token(model))
     return padded.to(model.cfg.device)
-
-
-def _check_length(model: TransformerBridge, n_tokens: int, name: str) -> None:
-    if n_tokens > model.cfg.n_ctx:
-        raise ValueError(f"{name} of {n_tokens} tokens exceed the context of {model.cfg.n_ctx}")

@@ -8,24 +8,31 @@ not. A number without an error is what it is.
 """
 
 import math
+from functools import partial
+
+from utils.typed import checked
 
 Verdict = bool | None
 Figure = float | tuple[float, float, int]
 ERRORS = 2  # about the 95 % interval
+numbers = partial(checked, gaps_in=("figure", "bound"))  # one that is nan is told by the ledger
 
 
+@numbers
 def above(figure: Figure, bound: Figure) -> Verdict:
     """Whether the figure lies above the bound."""
     gap, error = _gap(figure, bound)
     return _decided(gap, error, gap > 0)
 
 
+@numbers
 def at_least(figure: Figure, bound: Figure) -> Verdict:
     """The same where the bound itself is enough."""
     gap, error = _gap(figure, bound)
     return _decided(gap, error, gap >= 0)
 
 
+@numbers
 def below(figure: Figure, bound: Figure) -> Verdict:
     """Whether the figure lies below the bound."""
     return above(bound, figure)

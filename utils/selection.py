@@ -18,12 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.circuit import Node, knock_out, logit_diffs, outside
+from utils.checks import check_count
+from utils.circuit import (
+    Node,
+    check_means,
+    check_prompts,
+    knock_out,
+    logit_diffs,
+    node_mask,
+    outside,
+)
 from utils.edits import Run, hook_name, hooks
 from utils.heads import Head
 from utils.ioi import IOIPrompts
 from utils.metrics import last_position_hooks, logit_diff
-from utils.prompts import check_count
 from utils.typed import checked
 
 BATCH = 16  # prompts at a time: the gradient keeps every activation
@@ -36,9 +44,10 @@ def node_attribution(
     """What every head at every position adds to the logit difference of each prompt.
 
     `means` as for `circuit.run_circuit` (`circuit.means_run`). More steps bring the sum closer to
-    F(M) - F(empty). Raises ValueError for fewer than one step.
+    F(M) - F(empty). Raises ValueError for fewer than one step, and means that do not fit.
     """
     check_count("n_steps", n_steps)
+    check_means(model, prompts, means)
     parts = []
     for first in tqdm(range(0, len(prompts.tokens), BATCH), desc="node attribution", leave=False):
         rows = slice(first, first + BATCH)
@@ -52,10 +61,18 @@ def node_attribution(
     return torch.cat(parts)
 
 
+@checked
 def named_nodes(
     attribution: Float[Tensor, "prompt layer pos head"], prompts: IOIPrompts
 ) -> dict[Node, Float[Tensor, "prompt"]]:
-    """The attributions by node, (head, place), at the named places of each prompt alone."""
+    """The attributions by node, (head, place), at the named places of each prompt alone.
+
+    Raises ValueError for attributions of other prompts.
+    """
+    check_prompts(prompts)
+    if attribution.shape[::2] != prompts.tokens.shape:
+        got, want = list(attribution.shape), list(prompts.tokens.shape)
+        raise ValueError(f"attribution is of shape {got}, the prompts of shape {want}")
     prompt = torch.arange(len(attribution))
     n_layers, n_heads = attribution.shape[1], attribution.shape[3]
     return {
@@ -67,6 +84,7 @@ def named_nodes(
 
 
 @torch.no_grad()
+@checked
 def each_added(
     model: TransformerBridge,
     prompts: IOIPrompts,
@@ -77,9 +95,10 @@ def each_added(
     """F(C + v) for each candidate v: the circuit `kept` with one node more.
 
     What v gives, were it not ablated, depends on what lies below it alone: one run of the circuit
-    has it for all candidates, each of which is then a patch.
+    has it for all candidates, each of which is then a patch. Raises as `logit_diffs`.
     """
     base = outside(model, prompts, means, kept)
+    check_means(model, prompts, means)
     unablated: dict[str, Tensor] = {}
 
     def keep(z: Tensor, hook) -> None:
@@ -93,6 +112,7 @@ def each_added(
     return logit_diffs(model, prompts, restored, base=base)
 
 
+@checked
 def each_removed(
     model: TransformerBridge,
     prompts: IOIPrompts,
@@ -102,6 +122,7 @@ def each_removed(
     removed: Set[Node] = frozenset(),
 ) -> Float[Tensor, "candidate prompt"]:
     """F(C - K - v) for each candidate v, with K `removed`; of the whole model if `kept` is None."""
+    node_mask(model, prompts, removed)  # raises for nodes that are none
     if kept is None:
         base = knock_out(model, prompts, means, removed)
     else:
@@ -117,13 +138,17 @@ class Step(NamedTuple):
     figure: float
 
 
+@checked
 def distance(
     f_circuit: Float[Tensor, "*n prompt"], f_model: Float[Tensor, "prompt"]
 ) -> Float[Tensor, "*n"]:
-    """Mean over the prompts of |F(C) - F(M)|, as a share of the mean F(M)."""
+    """Mean over the prompts of |F(C) - F(M)|, as a share of the mean F(M), which must not be 0."""
+    if f_model.mean().abs() < 1e-6:
+        raise ValueError("f_model: the mean logit difference is zero, there is no share of it")
     return (f_circuit - f_model).abs().mean(-1) / f_model.mean().abs()
 
 
+@checked
 def forward_search(
     model: TransformerBridge,
     prompts: IOIPrompts,
@@ -136,6 +161,8 @@ def forward_search(
 
     Nodes that do nothing but together are not found in this way: start with some of them.
     """
+    check_count("n_steps", n_steps)
+    check_means(model, prompts, means)
     f_model = logit_diffs(model, prompts, [[]])[0]
     kept, added = set(start), []
     while len(added) < n_steps and (left := [node for node in candidates if node not in kept]):
@@ -145,6 +172,7 @@ def forward_search(
     return added
 
 
+@checked
 def backward_search(
     model: TransformerBridge,
     prompts: IOIPrompts,
@@ -153,6 +181,7 @@ def backward_search(
     n_left: int,
 ) -> list[Step]:
     """From all candidates down: nodes in the order of removing, each the one missed least."""
+    check_means(model, prompts, means)
     f_model = logit_diffs(model, prompts, [[]])[0]
     kept, removed = set(candidates), []
     while len(kept) > n_left:
@@ -163,6 +192,7 @@ def backward_search(
     return removed
 
 
+@checked
 def worst_set(
     model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node], n_steps: int
 ) -> list[Step]:
@@ -171,6 +201,7 @@ def worst_set(
     Each adds most to |mean F(C - K) - mean F(M - K)|, in logits (section 4.1: the paper's greedy
     search, which tries a random few at each step).
     """
+    check_count("n_steps", n_steps)
     removed: list[Step] = []
     while len(removed) < min(n_steps, len(kept)):
         gone = {step.node for step in removed}

@@ -18,14 +18,16 @@ from tqdm import tqdm
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import check_count, generator_of
 from utils.heads import (
     attention_patterns,
+    check_heads,
     prefix_matching_score,
     previous_token_score,
     score_heads,
 )
 from utils.metrics import half_losses, icl_score, per_token_loss
-from utils.prompts import check_count, repeated_tokens
+from utils.prompts import repeated_tokens
 from utils.typed import checked
 from utils.weights import ov_weights, qk_weights
 
@@ -63,6 +65,7 @@ class ToyRun(NamedTuple):
     patterns: Float[Tensor, "snapshot layer head dest src"]
 
 
+@checked
 def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> TransformerBridge:
     """An untrained attention-only model: 64 dimensions, 4 heads of 32 per layer, 64 tokens.
 
@@ -70,6 +73,7 @@ def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> Transforme
     argument 2), by a learned share per head. Raises ValueError for fewer than one layer.
     """
     check_count("n_layers", n_layers)
+    generator_of(seed)  # raises for what is no seed
     config = TransformerBridgeConfig(
         n_layers=n_layers,
         d_model=64,
@@ -91,6 +95,7 @@ def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> Transforme
     return model.eval()  # nothing in it behaves otherwise in training
 
 
+@checked
 def smear(
     k: Float[Tensor, "prompt pos head d_head"], alpha: Float[Tensor, "head"]
 ) -> Float[Tensor, "prompt pos head d_head"]:
@@ -99,6 +104,7 @@ def smear(
     return torch.cat([k[:, :1], share * k[:, 1:] + (1 - share) * k[:, :-1]], dim=1)
 
 
+@checked
 def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tensor, "sequence pos"]:
     """Training data: token 0, then a random segment again and again until the context is full.
 
@@ -112,6 +118,7 @@ def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tenso
     return torch.nn.functional.pad(body, (1, 0))
 
 
+@checked
 def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int = 500) -> ToyRun:
     """Train a toy to predict every next token; measure it every `SNAPSHOT` steps.
 
@@ -124,7 +131,7 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
     model = build_toy(n_layers, smeared, seed)
     held_out = repeated_tokens(model, HELD_OUT, LONGEST, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     snapshots = [(torch.tensor(0), *_measure(model, held_out))]
     name = f"{n_layers} layer{'s' * (n_layers > 1)}{', smeared keys' * smeared}"
     trained = model.original_model
@@ -158,12 +165,12 @@ def sharpest_drop(
     """The step at which the loss falls fastest: the middle of the steepest `window` snapshots.
 
     The slope over `window` intervals is that of the loss smoothed over as many snapshots. Raises
-    ValueError for unequal lengths, steps that do not rise, or a window that does not fit.
+    ValueError for unequal lengths, steps that do not rise, a window that does not fit, or a loss
+    that is nan, as that of a training which diverged.
     """
     if not 1 <= window < len(steps):
         raise ValueError(f"window must be between 1 and {len(steps) - 1}, got {window}")
-    if (steps.diff() <= 0).any():
-        raise ValueError("steps must rise")
+    _check_rising(steps)
     fall = (loss[:-window] - loss[window:]) / (steps[window:] - steps[:-window])
     start = int(fall.argmax())
     return (steps[start] + steps[start + window]).item() / 2
@@ -181,6 +188,7 @@ def share_formed(
     Values between snapshots are interpolated. Raises ValueError for unequal lengths, when nothing
     changed or the width is not positive.
     """
+    _check_rising(steps)
     if width <= 0:
         raise ValueError(f"width must be positive, got {width}")
     if len(values) == 0 or values[-1] == values[0]:
@@ -232,8 +240,9 @@ def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> Path:
 
     Raises ValueError for fewer than three snapshots, or a path that ends where it began.
     """
-    if len(losses) < 3:
-        raise ValueError(f"losses: want three snapshots or more, got {len(losses)}")
+    if losses.ndim < 2 or len(losses) < 3:
+        got = list(losses.shape)
+        raise ValueError(f"losses: want [snapshot token], three snapshots or more, got {got}")
     flat = losses.flatten(1)
     u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     points = u[:, :2] * s[:2]
@@ -263,10 +272,16 @@ def previous_token_match(
     """
     if model.cfg.d_vocab > 10_000:
         raise ValueError(f"model has {model.cfg.d_vocab} tokens: want 10,000 at most, as a toy has")
-    (w_q,), (w_k,) = qk_weights(model, [reader])
+    (w_q,), (w_k,) = qk_weights(model, check_heads(model, [reader], name="reader"))
+    writers = check_heads(model, writers, name="writers", distinct=True)
     w_v, w_o = ov_weights(model, writers)
     left_behind = model.W_E @ (w_v @ w_o).sum(0)
     return (model.W_E @ w_q) @ (left_behind @ w_k).T
+
+
+def _check_rising(steps: Int[Tensor, "snapshot"]) -> None:
+    if (steps.diff() <= 0).any():
+        raise ValueError(f"steps must rise, got {steps.tolist()[-3:]} at the end")
 
 
 @torch.no_grad()
@@ -282,12 +297,15 @@ def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> lis
     return [first.mean(), second.mean(), icl.mean(), loss, *scores]
 
 
+@checked
 def tiny_model(n_layers: int = 4, seed: int = 0, grouped: bool = False) -> TransformerBridge:
     """A random model with MLPs, to try code on in milliseconds: 4 layers of 3 heads, 60 tokens.
 
     Its weights are large and its norms have scales and biases, so that no path is negligible.
     `grouped`: 4 heads a layer, of which two share each key/value head.
     """
+    check_count("n_layers", n_layers)
+    generator = generator_of(seed)
     config = TransformerBridgeConfig(
         n_layers=n_layers,
         d_model=24,
@@ -302,7 +320,6 @@ def tiny_model(n_layers: int = 4, seed: int = 0, grouped: bool = False) -> Trans
         seed=seed,
     )
     model = TransformerBridge.boot_native(config, device="cpu")
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.original_model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))

@@ -12,15 +12,24 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import composition_scores as frobenius_scores
 
+from utils.checks import (
+    check_count,
+    check_model,
+    check_range,
+    check_tokens,
+    generator_of,
+    start_token,
+)
 from utils.heads import all_heads, cache_heads, check_heads
 from utils.metrics import token_batches
-from utils.prompts import check_count, check_range, check_tokens, ordinary_tokens, start_token
+from utils.prompts import ordinary_tokens
 from utils.typed import checked
 
 KINDS = ("Q", "K", "V")
 TOP = 5  # a head copies a name that it puts among so many largest logits
 
 
+@checked
 def ov_weights(
     model: TransformerBridge, heads: Iterable[tuple[int, int]]
 ) -> tuple[Float[Tensor, "n d_model d_head"], Float[Tensor, "n d_head d_model"]]:
@@ -30,6 +39,7 @@ def ov_weights(
     return circuit.A[layer, head].detach(), circuit.B[layer, head].detach()
 
 
+@checked
 def qk_weights(
     model: TransformerBridge, heads: Iterable[tuple[int, int]]
 ) -> tuple[Float[Tensor, "n d_model d_head"], Float[Tensor, "n d_model d_head"]]:
@@ -64,6 +74,7 @@ def copying_of_output(
     return torch.cat(scores)
 
 
+@checked
 def on_paper_scale(share: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """A share from 0 to 1 on the scale of Olsson et al.: a ratio from 0 to 0.5, stretched to -1..1.
 
@@ -134,7 +145,7 @@ def own_logit_largest(
     check_count("n_tokens", n_tokens)
     w_v, w_o = ov_weights(model, heads)
     pool = ordinary_tokens(model)
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(pool), generator=generator_of(seed))
     sample = pool[order[:n_tokens]].to(model.cfg.device)
     largest = [
         (model.W_E[sample] @ v @ o @ model.W_U).argmax(-1) == sample
@@ -163,7 +174,7 @@ def name_copying_score(
     """
     heads = check_heads(model, heads)
     tokens = torch.nn.functional.pad(names[:, None], (1, 0), value=start_token(model))
-    check_tokens(model, tokens, "names")
+    check_tokens(model, tokens, "names", folded=True)
     tokens = tokens.to(model.cfg.device)
     stream = "blocks.0.hook_resid_post"
     cache = model.run_with_cache(tokens, names_filter=[stream], stop_at_layer=1)[1]
@@ -187,7 +198,7 @@ def name_copying_in_place(
     and the unembedding: is the token that stands there among the `TOP`? Raises as
     `name_copying_score`, and ValueError for positions outside the prompt.
     """
-    check_tokens(model, tokens)
+    check_tokens(model, tokens, folded=True)
     check_range("positions", positions, tokens.shape[1])
     prompt = torch.arange(len(tokens))
     own = tokens[prompt, positions]
@@ -216,9 +227,10 @@ def composition_scores(
     grouped keys and values the heads of a group share W_K and W_V. Raises ValueError for an
     unknown kind or head, or a reader that is not in a later layer than every writer.
     """
-    writers, readers = check_heads(model, writers), check_heads(model, readers)
+    writers = check_heads(model, writers, name="writers")
+    readers = check_heads(model, readers, name="readers")
     if max(w.layer for w in writers) >= min(r.layer for r in readers):
-        raise ValueError("every reader must be in a later layer than every writer")
+        raise ValueError("readers: every reader must be in a later layer than every writer")
     w_q, w_k = qk_weights(model, readers)
     reads = {
         "Q": FactoredMatrix(w_q, w_k.mT),
@@ -228,6 +240,7 @@ def composition_scores(
     return frobenius_scores(FactoredMatrix(*ov_weights(model, writers)), reads[kind])
 
 
+@checked
 def composition_baseline(
     model: TransformerBridge, n: int = 100, seed: int = 0
 ) -> Float[Tensor, "n"]:
@@ -238,7 +251,7 @@ def composition_baseline(
     """
     check_count("n", n)
     shape = (n, 4, model.cfg.d_model, model.cfg.d_head)
-    weights = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weights = torch.randn(shape, generator=generator_of(seed))
     w_v, w_o, w_q, w_k = weights.unbind(1)
     writes, reads = FactoredMatrix(w_v, w_o.mT), FactoredMatrix(w_q, w_k.mT)
     return frobenius_scores(writes, reads, broadcast_dims=False)
@@ -248,6 +261,7 @@ def _with_directions(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], first: int
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch token d_model"]]]:
     """Batches, with the directions that raise each token from `first` on above the mean logit."""
+    check_model(model)
     batches = token_batches(model, tokens)
     check_count("positions of tokens", tokens.shape[1], least=2 + first)
     if any(len(row.unique()) < len(row) for row in tokens):

@@ -30,6 +30,7 @@ class EditLike(Protocol):
     where: Bool[Tensor, "*axes"]
     source: Any
     position_axis: int
+    same_prompts: bool
 
     def __call__(self, x: Tensor, rows: slice = ..., start: int = ...) -> Tensor: ...
 
@@ -48,11 +49,6 @@ def sweep_in_packs(
     In a pack those of lower blocks come first. Prompts run in parts where a copy of all of them
     does not fit. Raises ValueError for an edit at no block or that does not fit the prompts.
     """
-    for edit in {id(edit): edit for edits in (base, *interventions) for edit in edits}.values():
-        layer_of(edit.name)
-        if edit.name not in model.hook_dict:
-            raise ValueError(f"edits: this model has no {edit.name}")
-        edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
     n_prompts, n_positions = tokens.shape
     last_alone, read = read is None, list(read or [n_positions - 1])
     n_part = min(n_prompts, rows_that_fit(model, n_positions))
@@ -93,6 +89,24 @@ def sweep_in_packs(
             values = in_packs(together, size, partial(replayed, start), progress)
             found |= zip(together, values, strict=True)
     return torch.stack([found[i] for i in range(len(interventions))])
+
+
+def check_edits(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], edits: Sequence[EditLike]
+) -> None:
+    """Raise ValueError for an edit that does not fit the model and the prompts."""
+    seen: dict[int, Tensor] = {}  # what many edits share is looked at once
+    for edit in {id(edit): edit for edit in edits}.values():
+        layer_of(edit.name)
+        if edit.name not in model.hook_dict:
+            raise ValueError(f"edits: this model has no {edit.name}")
+        edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
+        if edit.same_prompts and not torch.equal(edit.source.tokens, tokens):
+            raise ValueError(f"edits: the source at {edit.name} was recorded on other prompts")
+        values = getattr(edit.source, "activations", {}).get(edit.name)
+        if values is not None and id(values) not in seen and not values.isfinite().all():
+            raise ValueError(f"edits: the source at {edit.name} is nan or infinite somewhere")
+        seen[id(values)] = values
 
 
 def first_change(

@@ -1,5 +1,6 @@
 """From the residual stream above the last block to a metric, with as few logits as it needs."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
+
+from utils.typed import checked
 
 Hooks = Sequence[tuple[str, Callable]]
 Metric = Callable[[Float[Tensor, "prompt read vocab"]], Float[Tensor, "prompt *read"]]
@@ -26,6 +29,10 @@ class Readout(ABC):
     """
 
     hooks: Hooks = ()
+
+    @abstractmethod
+    def check(self, n_prompts: int, d_vocab: int) -> None:
+        """Raise ValueError unless it can measure so many prompts over this vocabulary."""
 
     @abstractmethod
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt *read"]:
@@ -48,19 +55,23 @@ class LogitDiff(Readout):
     `metrics.hold_final_scale`.
     """
 
+    @checked
     def __init__(self, answers: Int[Tensor, "prompt 2"], hooks: Hooks = ()):
-        if answers.ndim != 2 or answers.shape[1] != 2:
-            raise ValueError(f"answers must have shape [prompt 2], got {list(answers.shape)}")
-        if answers.numel() and answers.min() < 0:
-            raise ValueError(f"answers must be token ids, got {int(answers.min())}")
+        _check_ids("answers", answers)
+        same = (answers[:, 0] == answers[:, 1]).nonzero()
+        if len(same):
+            token = int(answers[same[0], 0])
+            raise ValueError(f"answers: right and wrong of prompt {int(same[0])} are both {token}")
         self.answers, self.hooks = answers, hooks
+
+    def check(self, n_prompts: int, d_vocab: int) -> None:
+        _check_ids("answers", self.answers, n_prompts, d_vocab)
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt"]:
         right, wrong = logits[:, -1].gather(1, self.answers.to(logits.device)).unbind(1)
         return right - wrong
 
     def of_normed(self, normed: Tensor, w_u: Tensor, b_u: Tensor) -> Float[Tensor, "copy prompt"]:
-        _check_prompts("answers", self.answers, normed)
         right, wrong = self.answers.to(normed.device).unbind(1)
         direction = w_u[:, right] - w_u[:, wrong]
         return torch.einsum("cpd,dp->cp", normed[:, :, -1], direction) + b_u[right] - b_u[wrong]
@@ -69,8 +80,13 @@ class LogitDiff(Readout):
 class TokenLoss(Readout):
     """Loss in nats of predicting these tokens, [prompt read], one for each position read."""
 
+    @checked
     def __init__(self, targets: Int[Tensor, "prompt read"]):
+        _check_ids("targets", targets)
         self.targets = targets
+
+    def check(self, n_prompts: int, d_vocab: int) -> None:
+        _check_ids("targets", self.targets, n_prompts, d_vocab)
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt read"]:
         targets = self.targets.to(logits.device)
@@ -80,7 +96,6 @@ class TokenLoss(Readout):
         self, normed: Tensor, w_u: Tensor, b_u: Tensor
     ) -> Float[Tensor, "copy prompt read"]:
         """A part of the vocabulary at a time, so that the logits stay in the processor's cache."""
-        _check_prompts("targets", self.targets, normed)
         targets = self.targets.to(normed.device)
         right = (normed * w_u.T[targets]).sum(-1) + b_u[targets]
         rows, sums = normed.flatten(0, 2), []
@@ -103,7 +118,8 @@ def read_out(
         with model.hooks(fwd_hooks=list(metric.hooks)):
             normed = model.ln_final(resid.flatten(0, 1)).unflatten(0, resid.shape[:2])
         values = metric.of_normed(normed, model.W_U, model.b_U)
-        check_values(values[0], resid.shape[1:3], last_alone)
+        for each in values:
+            check_values(each, resid.shape[1:3], last_alone)
         return values
     at_once = max(1, LOGITS_AT_ONCE // (resid[0, ..., 0].numel() * model.cfg.d_vocab))
     values = []
@@ -128,6 +144,31 @@ def check_values(values: Tensor, shape: tuple[int, int], last_alone: bool) -> No
     got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if got not in (shape[:1], *([] if last_alone else [shape])):
         raise ValueError(f"metric must give {wanted} values, got shape {got}")
+    if values.isnan().any():
+        raise ValueError(f"metric gives nan for {int(values.isnan().sum())} of {list(got)} values")
+
+
+def check_metric(metric: Metric, n_prompts: int, d_vocab: int, device: torch.device) -> None:
+    """Try a metric before anything runs; ValueError unless it reads the last position, per prompt.
+
+    A metric gets that position alone. One that reads others too, or averages over them, would be
+    silently taken at its word: it is told by a position in front that holds nan.
+    """
+    if isinstance(metric, Readout):
+        return metric.check(n_prompts, d_vocab)
+    last = torch.zeros(n_prompts, 1, d_vocab, device=device)
+    try:
+        values_of(metric, last)
+    except (IndexError, RuntimeError, AttributeError, TypeError) as error:
+        if isinstance(error, ValueError):  # ours: it says what is wrong
+            raise
+        raise ValueError(f"metric fails on logits {list(last.shape)}: {error}") from error
+    try:
+        values = metric(torch.cat([torch.full_like(last, math.nan), last], dim=1))
+    except Exception:  # one that wants a single position cannot read another
+        return
+    if isinstance(values, Tensor) and values.is_floating_point() and values.isnan().any():
+        raise ValueError("metric reads other positions than the last: take logits[:, -1]")
 
 
 def read_hook(read: Sequence[int]) -> tuple[str, Callable]:
@@ -135,6 +176,11 @@ def read_hook(read: Sequence[int]) -> tuple[str, Callable]:
     return ("unembed.hook_in", lambda resid, hook: resid[:, read])
 
 
-def _check_prompts(name: str, given: Tensor, normed: Float[Tensor, "copy prompt *rest"]) -> None:
-    if len(given) != normed.shape[1]:
-        raise ValueError(f"{name} are for {len(given)} prompts, this run has {normed.shape[1]}")
+def _check_ids(
+    name: str, ids: Int[Tensor, "prompt n"], n_prompts: int | None = None, d_vocab: int = 2**62
+) -> None:
+    if n_prompts not in (None, len(ids)):
+        raise ValueError(f"{name} are for {len(ids)} prompts, this run has {n_prompts}")
+    if ids.numel() == 0 or ids.min() < 0 or ids.max() >= d_vocab:
+        got = f"{ids.tolist()[:3]} ..."
+        raise ValueError(f"{name} must be token ids, below {d_vocab}, got {got}")

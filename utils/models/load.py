@@ -36,7 +36,7 @@ def load_model(
     `name`: "gpt2-small", "smollm2-135m", a hub id "owner/name", or a local folder in Hugging Face
     format. None: the environment variable MECH_INTERP_MODEL, else GPT-2 small, else (hub out of
     reach) SmolLM2-135M-Instruct. Prints one line: which model, and where its weights came from.
-    ValueError: unknown name, device or architecture, no model there, pickled weights.
+    ValueError: unknown name, device or architecture, no model there, weights pickled or not finite.
     ConnectionError: needs the hub, which does not answer.
     """
     device = _checked_device(device)
@@ -54,6 +54,10 @@ def load_model(
             f"name={name or origin.label!r}: TransformerLens cannot wrap this model in "
             f"compatibility mode ({type(error).__name__}: {error})"
         ) from error
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
+        raise ValueError(f"name={name or origin.label!r}: {what}")
     model.origin = origin
     print(f"Model: {origin.label} on {device}. Weights: {origin.source}.", flush=True)
     return model.eval()
