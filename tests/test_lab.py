@@ -68,13 +68,18 @@ def test_new_outputs_alone_are_no_newer_version(repository, capsys):
     assert "changed" not in capsys.readouterr().out
 
 
-def test_lab_opens_the_first_notebook_in_the_same_environment(repository, monkeypatch, capsys):
+@pytest.mark.parametrize(("user", "allowed"), [(1000, []), (0, ["--allow-root"])])
+def test_lab_opens_the_first_notebook_in_the_same_environment(
+    repository, monkeypatch, capsys, user, allowed
+):
     become = Mock()
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
     monkeypatch.setattr(os, "execv", become)
     monkeypatch.chdir(repository)  # and back after the test
     lab.main(["--no-browser"])
-    command = [sys.executable, "-m", "jupyterlab", "my/a_notebook.ipynb", "--no-browser"]
-    become.assert_called_once_with(sys.executable, command)
+    (python, command), _ = become.call_args
+    opens = [sys.executable, "-m", "jupyterlab", "my/a_notebook.ipynb"]
+    assert (python, command[:4], command[5:]) == (sys.executable, opens, ["--no-browser", *allowed])
     assert os.getcwd() == str(repository)
     path = "Learning path: my/a_notebook.ipynb, then my/b_notebook.ipynb."
     assert path in capsys.readouterr().out

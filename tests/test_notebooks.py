@@ -170,7 +170,8 @@ def test_cells_are_short(notebook):
     # All but the figure of the training, which stays together.
     cells = [cell for cell in code(notebook) if "def training_figure" not in cell.source]
     setup, *others = [sum(map(bool, cell.source.replace(" ", "").split("\n"))) for cell in cells]
-    assert setup <= 10 and max(others) <= 12 and statistics.median(others) <= 6
+    assert setup <= 13  # folded on Colab
+    assert max(others) <= 12 and statistics.median(others) <= 6
 
 
 def test_no_head_is_named_that_was_not_computed(notebook):
@@ -228,8 +229,10 @@ def test_there_are_enough_exercises_and_experiments():
 
 
 def test_first_cells(path, notebook):
-    badge, setup = notebook.cells[:2]
-    assert (badge.cell_type, setup.cell_type) == ("markdown", "code")
+    badge, overview, setup = notebook.cells[:3]
+    assert [cell.cell_type for cell in (badge, overview, setup)] == ["markdown", "markdown", "code"]
+    assert overview.source.startswith("## What you will learn")
+    assert setup.metadata["cellView"] == "form"  # folded on Colab
     repository = re.search(r'Repository = "(.+)"', (ROOT / "pyproject.toml").read_text())[1]
     assert f'"{repository}"' in setup.source
     name = repository.removeprefix("https://github.com/")

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from browsers import chromium, needs_chromium
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from test_models import Bomb
 
@@ -124,6 +125,14 @@ def test_our_code_uses_no_shell_and_runs_no_text(room):
     for path in ROOT.glob(f"{room}/**/*.py"):
         used = set(calls(path.read_text("utf-8")))
         assert used.isdisjoint(SHELL | {"shell=True", "trust_remote_code=True"}), path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("project-*/*.ipynb")), ids=lambda p: p.stem)
+def test_the_notebooks_use_no_shell(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert SHELL.isdisjoint(name for source in sources for name in calls(source))
+    assert not [source for source in sources if re.search(r"^\s*[!%]", source, re.MULTILINE)]
 
 
 # --- workflows and installation
@@ -259,13 +268,8 @@ def test_no_token_ends_the_script_of_an_attention_view(monkeypatch, static):
     assert page.count("</script>") == 1 and "<img" not in page
 
 
+@needs_chromium
 def test_in_a_browser_no_text_is_run_and_all_is_seen(monkeypatch, tmp_path):
-    from test_browser import CHROMIUM
-
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    from playwright.sync_api import sync_playwright
-
     shown = [
         figure.to_html(full_html=False, include_plotlyjs=i == 0)
         for i, figure in enumerate(figures())
@@ -275,8 +279,7 @@ def test_in_a_browser_no_text_is_run_and_all_is_seen(monkeypatch, tmp_path):
     path = tmp_path / "page.html"
     notebook = new_notebook(cells=[new_code_cell("1", outputs=outputs)])
     path.write_text(to_html(notebook, "a title"), encoding="utf-8")
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page, errors = browser.new_page(), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(path.as_uri())
@@ -285,4 +288,3 @@ def test_in_a_browser_no_text_is_run_and_all_is_seen(monkeypatch, tmp_path):
         assert page.title() == "a title" and errors == []
         assert page.locator("img[src=x]").count() == 0
         assert page.locator(".gtitle", has_text="<b>bold</b>").count() == 5
-        browser.close()

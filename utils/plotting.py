@@ -34,6 +34,7 @@ from utils.look import (
     beside,
     category,
     escaped,
+    framed,
     line_looks,
     titled,
     wrapped,
@@ -301,7 +302,7 @@ def attention(
     page = view.cdn_src if static else view.local_src
     for texts in map(json.dumps, (tokens, names)):  # a token `</script>` would end the script
         page = page.replace(texts, texts.replace("<", "\\u003c"))
-    display(HTML(page))
+    display(HTML(framed(page)))
     if static:  # GitHub strips the script, so a picture follows
         title = f"Attention of {', '.join(names)}"
         words = dict(x_label="source", y_label="destination", value_label="attention", title=title)
