@@ -19,7 +19,7 @@ LAB := $(VENV)/lab-$(shell cat requirements-lab.txt constraints.txt | cksum | cu
 WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help lab notebooks test test-nightly lint benchmark outputs study gone
+.PHONY: help lab notebooks test test-nightly lint benchmark outputs study site gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -47,6 +47,9 @@ benchmark: $(INSTALLED) ## time sweeps beside TransformerLens (ARGS=--quick: a s
 
 outputs: $(INSTALLED) ## rewrite the outputs, results and tables that are committed
 	$(VENV_PYTHON) -m tools.notebooks outputs $(ARGS)
+
+site: $(INSTALLED) ## build the site from what is committed: open build/site/index.html
+	$(VENV_PYTHON) -m tools.site $(ARGS)
 
 study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (ARGS=worst: a part)
 	$(VENV_PYTHON) -m tools.study $(ARGS)

@@ -243,7 +243,7 @@ def test_the_workflows_and_the_hook_run_make_targets_that_exist():
     files = [*workflows.glob("*.yml"), ROOT / ".pre-commit-config.yaml"]
     text = "\n".join(file.read_text() for file in files)
     commands = sorted(re.findall(r"^ *(?:- run|entry): (.+)", text, re.MULTILINE))
-    targets = ["lint", "notebooks", "notebooks", "notebooks", "test", "test-nightly"]
+    targets = ["lint", "notebooks", "notebooks", "notebooks", "site", "test", "test-nightly"]
     *commands, auditing, proposing = commands
     assert auditing == "sh tools/audit.sh"
     assert commands == [f"make {target}" for target in targets]

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import torch
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tools.benchmark_references import transformer_lens_loop
 from tools.benchmark_timing import timed
 from tools.benchmark_work import LogitDiff, our_sweep
+from tools.pages import to_html
 from utils.models import load_hf
 
 BASE = {"layers": 8, "positions": 32, "prompts": 8, "patches": 16}
@@ -73,13 +75,18 @@ def _random_llama(n_layers: int, tokenizer) -> TransformerBridge:
 
 
 def write_plots(report: dict, path: Path) -> None:
-    """Ratios beside their targets, and time against size with logarithmic axes."""
+    """Ratios beside their targets, and time against size with logarithmic axes, as a page."""
     title = "share of TransformerLens's time"
-    ratios = px.bar(report["rows"], x="work", y=["ratio", "target"], barmode="group", title=title)
-    page = ratios.to_html()
+    figures = [
+        px.bar(report["rows"], x="work", y=["ratio", "target"], barmode="group", title=title)
+    ]
     for axis, fit in report["scaling"].items():
         lines = {f"{way}, exponent {fit[way]['exponent']:.2f}": fit[way]["seconds"] for way in WAYS}
         frame = pd.DataFrame(lines, index=pd.Index(fit["sizes"], name=axis))
-        growth = px.line(frame, log_x=True, log_y=True, markers=True, labels={"value": "seconds"})
-        page += growth.to_html(full_html=False, include_plotlyjs=False)
-    path.write_text(page)
+        labels = {"value": "seconds"}
+        figures.append(px.line(frame, log_x=True, log_y=True, markers=True, labels=labels))
+    look = dict(full_html=False, config={"responsive": True})
+    shown = [f.to_html(include_plotlyjs=i == 0, **look) for i, f in enumerate(figures)]
+    outputs = [new_output("display_data", {"text/html": html}) for html in shown]
+    cell = new_code_cell("# make benchmark", outputs=outputs)
+    path.write_text(to_html(new_notebook(cells=[cell]), "The benchmark"))

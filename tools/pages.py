@@ -41,7 +41,8 @@ def to_html(notebook: NotebookNode, title: str) -> str:
     """The page; its title is the notebook's first heading, or `title` if there is none."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = re.search(r"^# (.+)$", prose, re.MULTILINE)
-    css = (TEMPLATES / "page/page.css").read_text(encoding="utf-8")
+    styles = (TEMPLATES / "page" / name for name in ("page.css", "figures.css"))
+    css = "".join(style.read_text(encoding="utf-8") for style in styles)
     name = re.sub(r"[*_`]", "", heading[1]) if heading else title
     exporter = PageExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
     resources = {"metadata": {"name": name, "path": ""}, "page_css": css}

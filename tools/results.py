@@ -103,11 +103,16 @@ def markdown_table(ledger: dict | Path) -> str:
         verdict_, *figures = cells(c)
         row = verdict_, c["statement"], *figures
         lines.append("| " + " | ".join(map(_escape, row)) + " |")
-    if data["heads"]:
-        lines += ["", "| role | heads |", "| --- | --- |"]
-        for role, heads in data["heads"].items():
-            lines.append(f"| {role_in_words(role)} | {', '.join(heads) or 'none'} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + heads_table(data)
+
+
+def heads_table(ledger: dict) -> str:
+    """The heads of each role as Markdown; nothing where the ledger names none."""
+    rows = [
+        f"| {role_in_words(role)} | {', '.join(heads) or 'none'} |\n"
+        for role, heads in ledger["heads"].items()
+    ]
+    return "".join(["\n| role | heads |\n| --- | --- |\n", *rows]) if rows else ""
 
 
 def _escape(text: str) -> str:

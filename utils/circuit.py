@@ -38,7 +38,7 @@ ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
 
 
 class Faithfulness(NamedTuple):
-    """F(C) / F(M), and the paper's distance |F(M) - F(C)| in logits."""
+    """F(C) / F(M), and the paper's distance `|F(M) - F(C)|` in logits."""
 
     ratio: Estimate
     gap: Estimate
@@ -273,7 +273,7 @@ def run_circuit(
 def faithfulness(
     f_circuit: Float[Tensor, "prompt"], f_model: Float[Tensor, "prompt"]
 ) -> Faithfulness:
-    """Mean F(C) over mean F(M), and |mean F(M) - mean F(C)| (Wang et al. 2022, section 4).
+    """Mean F(C) over mean F(M), and `|mean F(M) - mean F(C)|` (Wang et al. 2022, section 4).
 
     The standard error of the ratio r is by the delta method: that of F(C) - r F(M), over the mean
     of F(M). Raises ValueError when F(M) has mean zero.
@@ -307,9 +307,9 @@ def completeness(
 def gap_by_prompt(
     pairs: Mapping[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]],
 ) -> Float[Tensor, "prompt"]:
-    """What each prompt adds to mean |F(C - G) - F(M - G)| over the roles G of `completeness`.
+    """What each prompt adds to mean `|F(C - G) - F(M - G)|` over the roles G of `completeness`.
 
-    A share of |F(M)|, whose mean over the prompts is that distance: a prompt counts as negative
+    A share of `|F(M)|`, whose mean over the prompts is that distance: a prompt counts as negative
     where its difference has the other sign than the mean. nan for a circuit without roles. Raises
     ValueError for pairs without "none", or with nan.
     """

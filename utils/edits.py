@@ -12,7 +12,7 @@ only in *where* the new value goes and *which run* it comes from:
     arrived = record(model, prompts, ["q"], sent)           # path patching (`utils.paths`):
     heads_from(model, receivers, arrived, "q")              # frozen but for the sender, then put
 
-Each gives a list of `Edit`s; of two at one place the later wins. `hooks(edits)` makes ordinary
+Each is a list of `Edit`; of two at one place the later wins. `hooks(edits)` makes ordinary
 TransformerLens hooks of them, for `model.run_with_hooks`; `sweep` measures many such lists, each
 alone, in a fraction of the time.
 """

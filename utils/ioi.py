@@ -102,11 +102,13 @@ def ioi_prompts(model: TransformerBridge, n_prompts: int, seed: int = 0) -> IOIP
     Start token, then a frame of `FRAMES`; END is the last position. The prompts name IO first
     (ABBA) and S first (BABA) in turn, with each frame equally often in each. `answers` is (IO, S).
     `corrupted` (A = IO, B = S; the original is A B B, and in BABA the first two change places):
+
     - `s2_io` A B A: S2 is the other name, so the answer flips.
     - `abc` D E F: three new names, all different; no name is the answer.
     - `swapped` B A B: the first two change places, ABBA becomes BABA; same answer.
     - `exchanged` B A A, `renamed` D E E, `renamed_swapped` E D E: with the prompt itself, `s2_io`
       and `swapped`, the six data sets that tell position from token (Wang et al. 2022, appendix A).
+
     A CPU generator draws prompt by prompt: a seed means the same data on every machine, and fewer
     prompts are the first of more. ValueError: no tokenizer, `n_prompts` below 1, fewer than 5 names
     or no frame, place or object left that the tokenizer does not split.

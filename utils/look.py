@@ -72,6 +72,7 @@ def titled(fig: go.Figure, title: str, note: str, headings: int = 0, *, height: 
 
 
 def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` letters, as plotly breaks them."""
     return "<br>".join(map(escaped, textwrap.wrap(text, width)))
 
 

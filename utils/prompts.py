@@ -83,10 +83,12 @@ def induction_prompts(
     `x1 .. xk` tell the model that it is reading a repeat: without them the effect is half as large.
     Each corruption makes D the answer, and touches one input of an induction head (Elhage et al.
     2021): the metric logit(B) - logit(D) changes sign in each of them.
+
     - `query`: the last token A becomes C, so the head looks for another token.
     - `key`: A and C are swapped in the first copy, so B now comes after C and D after A; the keys
       at B and D say so, through previous-token heads.
     - `value`: B and D are swapped in the first copy, so what is found after A is D.
+
     `answers` holds (B, D), `positions` the positions of A, B, C, D (first copy) and END.
     Raises ValueError as `repeated_tokens` does, and for `seq_len` below 7.
     """

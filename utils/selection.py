@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.checks import check_count
@@ -142,7 +142,7 @@ class Step(NamedTuple):
 def distance(
     f_circuit: Float[Tensor, "*n prompt"], f_model: Float[Tensor, "prompt"]
 ) -> Float[Tensor, "*n"]:
-    """Mean over the prompts of |F(C) - F(M)|, as a share of the mean F(M), which must not be 0."""
+    """Mean over the prompts of `|F(C) - F(M)|`, as a share of the mean F(M), which is not 0."""
     if f_model.mean().abs() < 1e-6:
         raise ValueError("f_model: the mean logit difference is zero, there is no share of it")
     return (f_circuit - f_model).abs().mean(-1) / f_model.mean().abs()
@@ -198,7 +198,7 @@ def worst_set(
 ) -> list[Step]:
     """Nodes of the circuit whose knock-out tells circuit and model apart most, one after another.
 
-    Each adds most to |mean F(C - K) - mean F(M - K)|, in logits (section 4.1: the paper's greedy
+    Each adds most to `|mean F(C - K) - mean F(M - K)|`, in logits (section 4.1: the paper's greedy
     search, which tries a random few at each step).
     """
     check_count("n_steps", n_steps)

@@ -7,7 +7,7 @@ import torch
 from einops import einsum, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import composition_scores as frobenius_scores
@@ -219,7 +219,7 @@ def composition_scores(
     writers: Iterable[tuple[int, int]],
     readers: Iterable[tuple[int, int]],
 ) -> Float[Tensor, "writer reader"]:
-    """Composition ||W_OV M|| / (||W_OV|| ||M||) of every writer with every reader, from 0 to 1.
+    """Composition `||W_OV M|| / (||W_OV|| ||M||)` of every writer with every reader, from 0 to 1.
 
     M is what the reader applies to its input (Frobenius norms; Elhage et al. 2021, "composition"):
     W_QK by its query side ("Q"), W_QK by its key side ("K") or W_OV ("V"). Rotary positions turn

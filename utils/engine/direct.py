@@ -10,7 +10,7 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.memory import check_fits

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.interrupts import ctrl_c_waits

@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from utils.models.folder import file_sha256
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct without a hub: a GGUF file from pip, and its converted copy in the cache.
 
 It is tuned to follow instructions, has 4-bit (Q4_1) weights, here expanded to float32, and its
-prompts start with <|im_start|>. Rounding adds noise to every head and costs some loss; tuning may
+prompts start with `<|im_start|>`. Rounding adds noise to every head and costs some loss; tuning may
 have changed what heads do on plain text. "smollm2-135m", in names of files, is this model.
 The copy is there complete and unchanged, or not at all: every load compares it with its manifest.
 That finds damage. It does not find weights that were changed together with their manifest: who can
