@@ -1,4 +1,4 @@
-# Every target sets itself up: all it needs is make and Python 3.10 or newer.
+# Every target sets itself up: all it needs is make and Python 3.11 or newer.
 # Only relative paths below, so that the folder's name may contain spaces.
 
 MODELS := requirements-models.txt
@@ -12,9 +12,6 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
-# JupyterLab is installed when it is first asked for.
-LAB := $(VENV)/lab-$(shell cat requirements-lab.txt constraints.txt | cksum | cut -d ' ' -f 1)
-
 # As many tests at once as there are cores; four notebooks fit into 16 GiB.
 WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
@@ -25,7 +22,7 @@ help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
-lab: $(LAB) ## do the exercises in JupyterLab: copies in my/, which are yours (ARGS=--no-browser)
+lab: $(INSTALLED) ## do the exercises in JupyterLab: copies in my/, which are yours (ARGS=--no-browser)
 	$(VENV_PYTHON) -m tools.lab $(ARGS)
 
 notebooks: $(INSTALLED) ## run the notebooks into build/, to open (with SEED=1: on other prompts)
@@ -36,6 +33,7 @@ test: lint ## run the linters and every test that is not long, the notebooks inc
 	$(VENV_PYTHON) -m pytest tests -m "not nightly" $(WORKERS) $(ARGS)
 
 test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved
+	@sh tools/chromium.sh
 	$(VENV_PYTHON) -m pytest tests -m nightly $(ARGS)
 
 lint: $(INSTALLED) ## check style and format, the notebooks included
@@ -53,11 +51,6 @@ site: $(INSTALLED) ## build the site from what is committed: open build/site/ind
 
 study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (ARGS=worst: a part)
 	$(VENV_PYTHON) -m tools.study $(ARGS)
-
-$(LAB): $(INSTALLED)
-	@echo "== Installing JupyterLab into $(VENV) (a minute, once) =="
-	$(VENV_PYTHON) -m pip install -c constraints.txt -r requirements-lab.txt
-	@touch "$@"
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(MODELS)"

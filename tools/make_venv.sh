@@ -36,9 +36,9 @@ fi
 # Made again when its Python has gone, or when an install into it was cut short.
 if [ -e "$venv/installing" ] || ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
     old= bare= found=
-    for python in "${PYTHON:-}" python3 python3.12 python3.11 python3.10 python3.13 python; do
+    for python in "${PYTHON:-}" python3 python3.12 python3.11 python3.13 python; do
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
-        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             old="$old $python ($version)"
         elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
             bare="$bare $python ($version)"
@@ -51,9 +51,9 @@ if [ -e "$venv/installing" ] || ! "$venv/bin/python" -c "import pip" 2>/dev/null
         if [ -n "$bare" ]; then
             echo "Found$bare, but without venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2
         elif [ -n "$old" ]; then
-            echo "Python 3.10 or newer is needed; found only$old. Newer one elsewhere: make PYTHON=/path/to/python3" >&2
+            echo "Python 3.11 or newer is needed; found only$old. Newer one elsewhere: make PYTHON=/path/to/python3" >&2
         else
-            echo "Python 3.10 or newer is needed, and no python3 was found. Elsewhere: make PYTHON=/path/to/python3" >&2
+            echo "Python 3.11 or newer is needed, and no python3 was found. Elsewhere: make PYTHON=/path/to/python3" >&2
         fi
         exit 1
     fi
