@@ -6,7 +6,7 @@ from references import log_probs, recorded
 
 from utils import metrics
 from utils.ablation import losses, mean_run, pattern_preserving, random_control
-from utils.edits import heads_from, hooks, record
+from utils.edits import Run, heads_from, hooks, record
 from utils.heads import cache_heads
 from utils.metrics import per_token_loss
 from utils.prompts import repeated_tokens

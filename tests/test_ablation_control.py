@@ -20,7 +20,7 @@ def test_there_is_a_control_for_these_sizes_and_no_others(random_gpt2):
 
 
 @pytest.mark.parametrize(
-    ("ranked", "message"), [([], "heads is empty"), ([(0, 4)], "no head L0H4")]
+    ("ranked", "message"), [([], "ranked is empty"), ([(0, 4)], "no head L0H4")]
 )
 def test_bad_heads_are_named(random_gpt2, ranked, message):
     with pytest.raises(ValueError, match=message):

@@ -518,6 +518,7 @@ RIGHT = {
         "of another model",
     },
     ("circuit.means_run", "site"): {"unknown"},
+    ("ablation.control_sizes", "sizes"): {"too large"},  # there is no such control
     ("edits.hook_name", "site"): {"unknown"},
     ("heads.as_heads", "heads"): {"twice", "layer too high", "head too high", "negative", "empty"},
     # each is measured alone, or marked once: a head that comes twice changes nothing

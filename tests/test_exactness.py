@@ -76,7 +76,7 @@ def test_layers_by_position(every_model, pair, site):
     unpatched = model(corrupted)[:, -1:]
     if f"blocks.0.hook_{site}" not in clean:
         with pytest.raises(ValueError, match=r"site must be one of .* that the model has"):
-            patch_stream(model, *pair, metrics(1)[0], site)
+            patch_stream(model, *pair, metrics(len(corrupted))[0], site)
         return
     cells = [(f"blocks.{la}.hook_{site}", (slice(None), at)) for la in layers for at in positions]
     runs = [whole_run(model, corrupted, name, clean, where) for name, where in cells]

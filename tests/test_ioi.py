@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from utils import ioi
 from utils.ioi import adversarial_prompts, eight_prompts, ioi_prompts, single_token_names
 from utils.metrics import accuracy, logit_diff
 from utils.models import load_model
+from utils.toy import build_toy
 
 SENTENCE = re.compile(
     r"(?P<opening>\w+) (?P<first>\w+) and (?P<second>\w+) (?P<going>\w+ \w+ the) (?P<place>\w+)[,.]"
@@ -49,7 +49,9 @@ def word_tokenizer(names, without=()):
 
 def stand_in(tokenizer):
     """As much of a model as making prompts takes; a loaded one wants a tokenizer off a disk."""
-    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(device="cpu"))
+    model = build_toy(1)
+    model.tokenizer = tokenizer
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ ORIGINAL, NEW = torch.arange(10, 16)[None], torch.arange(20, 26)[None]
     ("arguments", "message"),
     [
         ({"new": NEW[:, 1:]}, "new must be .* pos=6"),
-        ({"senders": []}, "heads is empty"),
+        ({"senders": []}, "senders is empty"),
         ({"senders": [(3, 0)]}, "no head L3H0"),
         ({"receivers": [(2, 0)]}, "site must be one of .* got None"),
         ({"receivers": [(2, 0)], "site": "z"}, "site must be one of .* got 'z'"),

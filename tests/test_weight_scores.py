@@ -24,6 +24,13 @@ from utils.weights import (
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+def folded_toy():
+    """A two-layer toy in compatibility mode, whose weights a test may set."""
+    model = build_toy(2)
+    model.enable_compatibility_mode()
+    return model
+
+
 @pytest.fixture(params=["smollm2", "random_gpt2", "toy2"])
 def model(request):
     return request.getfixturevalue(request.param)
@@ -65,7 +72,7 @@ def test_copying_score_equals_a_loop_over_attended_tokens(model):
 
 
 def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
-    toy = build_toy(2)
+    toy = folded_toy()
     tokens = repeated_tokens(toy, 1, 8, n_repeats=1)
     # an unembedding that reads tokens off layer 1, head 0's own output for them
     _, cache = toy.run_with_cache(tokens)
@@ -95,7 +102,7 @@ def test_copying_of_output_equals_a_loop_over_positions(model):
 @pytest.mark.parametrize("start", [0, 1])
 def test_planted_heads_score_one_chance_and_minus_one_on_the_papers_scale(start):
     """Three heads that attend to their own token: one copies, one raises all alike, one lowers."""
-    toy, n = build_toy(2), 8
+    toy, n = folded_toy(), 8
     tokens = repeated_tokens(toy, 1, n, n_repeats=1)[:, 1 - start :]  # with the start token, or not
     attention = toy.blocks[1].attn
     for head in range(3):  # a query fits the key of its own token best
@@ -195,7 +202,7 @@ def test_copying_in_place_equals_topk_on_hugging_face(model_pair, monkeypatch, s
 
 def test_a_head_that_copies_scores_one_by_name_and_one_that_writes_nothing_zero(monkeypatch):
     monkeypatch.setattr(weights, "TOP", 1)
-    toy, prompt = build_toy(2), torch.arange(3)
+    toy, prompt = folded_toy(), torch.arange(3)
     tokens, positions = repeated_tokens(toy, 3, 8, n_repeats=1), torch.tensor([2, 5, 8])
 
     def scores(sign):
@@ -244,7 +251,7 @@ ONE = torch.ones(2, 3).long()
     ("call", "message"),
     [
         (lambda m: copying_score(m, repeated_tokens(m, 2, 5)), "must not repeat"),
-        (lambda m: copying_score(m, torch.tensor([[1, 2]])), "must be at least 3, got 2"),
+        (lambda m: copying_score(m, torch.tensor([[1, 3]])), "must be at least 3, got 2"),
         (lambda m: copying_of_output(m, repeated_tokens(m, 2, 5)), "must not repeat"),
         (lambda m: copying_of_output(m, torch.tensor([[1]])), "must be at least 2, got 1"),
         (lambda m: copying_score(m, ONE.float()), "tokens must be Int"),
@@ -263,7 +270,7 @@ ONE = torch.ones(2, 3).long()
         (lambda m: name_copying_in_place(m, ONE, ONE[:, 0], sign=0), "sign must be .* got 0"),
         (lambda m: composition_scores(m, "k", [(0, 0)], [(1, 0)]), "kind must be .* got 'k'"),
         (lambda m: composition_scores(m, "K", [(1, 0)], [(1, 1)]), "in a later layer"),
-        (lambda m: composition_scores(m, "K", [], [(1, 1)]), "heads is empty"),
+        (lambda m: composition_scores(m, "K", [], [(1, 1)]), "writers is empty"),
         (lambda m: composition_scores(m, "K", [(0, 0)], [(7, 1)]), "no head L7H1"),
         (lambda m: composition_baseline(m, n=0), "n must be at least 1, got 0"),
     ],

@@ -129,9 +129,9 @@ def control_sizes(
 ) -> list[int]:
     """The sizes k for which `random_control` finds a control of ranked[:k] outside all of `ranked`.
 
-    Raises ValueError as `check_heads`.
+    There is none for more heads than are ranked. Raises ValueError as `check_heads`.
     """
     ranked = check_heads(model, ranked, name="ranked", distinct=True)
-    sizes = indices("sizes", sizes, len(ranked) + 1)
+    sizes = [k for k in indices("sizes", sizes, 2**31) if k <= len(ranked)]
     room = Counter(head.layer for head in all_heads(model) if head not in ranked)
     return [k for k in sizes if Counter(head.layer for head in ranked[:k]) <= room]
