@@ -24,7 +24,8 @@ WRONG = [
 
 
 def name(part):
-    return getattr(part, "__name__", str(part))
+    """The same in every process, without addresses."""
+    return getattr(getattr(part, "func", part), "__name__", str(part))
 
 
 @pytest.mark.parametrize(("check", "answer"), RIGHT, ids=name)
