@@ -2,7 +2,7 @@
 
 Each ends in a ValueError or TypeError of ours, before any forward pass: it names the argument and
 is short. What is tried follows from the right argument: a tensor is made a list, an int a float.
-`ROWS` holds a right call of each function; a function without a row, or an argument that its row
+`rows` holds a right call of each function; a function without a row, or an argument that its row
 leaves out, fails the test.
 """
 
