@@ -27,7 +27,7 @@ SEEDS_FILE = "toy_seeds.json"
 MAX_BYTES = 2 * 2**20
 # Colours of a stored picture: a quarter of the bytes. This method and k-means keep rare colours,
 # such as those of a few dark cells, and the white of the page; the default does not.
-PALETTE = dict(colors=40, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+PALETTE = dict(colors=24, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE_TAG = "readme-figure:"
 # Pictures beside the interactive form, and light attention views: what GitHub can show.
