@@ -170,7 +170,7 @@ def test_cells_are_short(notebook):
     # All but the figure of the training, which stays together.
     cells = [cell for cell in code(notebook) if "def training_figure" not in cell.source]
     setup, *others = [sum(map(bool, cell.source.replace(" ", "").split("\n"))) for cell in cells]
-    assert setup <= 13  # folded on Colab
+    assert setup <= 14  # folded on Colab
     assert max(others) <= 12 and statistics.median(others) <= 6
 
 
