@@ -60,7 +60,7 @@ def n_site_heads(model: TransformerBridge, site: str = "z") -> int:
 def as_heads(
     heads: Iterable[tuple[int, int]], name: str = "heads", distinct: bool = False
 ) -> list[Head]:
-    """Pairs as `Head`s; ValueError for one that is not two whole numbers.
+    """Pairs as heads; ValueError for one that is not two whole numbers.
 
     Where each is counted, they must be `distinct`: ValueError for one that comes twice.
     """
