@@ -611,7 +611,8 @@ def _after_change(answer: Callable, rescue: bool) -> tuple[float, Tensor, int]:
         loss = metrics.per_token_loss(model, tokens)
         by_head = [w.detach().flatten(2) for w in (model.W_Q, model.W_K, model.W_V, model.W_O)]
         pairs = zip(model.parameters(), watched.weights[0], strict=True)
-        second = metrics.half_losses(loss, toy.LONGEST).second.mean().item()
+        fine = loss.isfinite().all()
+        second = metrics.half_losses(loss, toy.LONGEST).second.mean().item() if fine else math.nan
         return second, torch.cat(by_head, dim=-1), sum(int((a != b).sum()) for a, b in pairs)
     finally:
         watched.undo()

@@ -168,14 +168,14 @@ def ablation_work(model: TransformerBridge, hf: PreTrainedModel, quick: bool) ->
     """Every head's output replaced by its mean; the loss on the second copy of repeated tokens."""
     tokens = repeated_tokens(model, N_REPEATS, SEQ_LEN)
     means = mean_run(model, tokens, per_position=False)
-    columns = range(SEQ_LEN + 1, 2 * SEQ_LEN)
+    columns = list(range(SEQ_LEN + 1, 2 * SEQ_LEN))
     cfg = model.cfg
     patches = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
 
     def ours(chosen: Sequence[Patch]) -> Tensor:
         edits = {patch: heads_from(model, [patch], means) for patch in chosen}
         found = losses(model, tokens, edits, columns)
-        return torch.stack([half_losses(loss, SEQ_LEN).second.mean() for loss in found.values()])
+        return torch.stack([loss[:, columns].mean() for loss in found.values()])
 
     def transformer_lens(chosen: Sequence[Patch]) -> Tensor:
         edits = [heads_from(model, [patch], means) for patch in chosen]
