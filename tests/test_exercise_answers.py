@@ -8,6 +8,8 @@ import induction_exercises
 import ioi_exercises
 from utils.exercises import Stretch
 from utils.heads import Head
+from utils.prompts import repeated_tokens
+from utils.toy import LONGEST, build_toy
 
 BOTH = ((induction_exercises, answers_induction), (ioi_exercises, answers_ioi))
 CHECKS = [
@@ -67,3 +69,16 @@ def pairs_in(value):
 def test_heads_come_as_heads(check):
     """An answer may ask for `head.layer`, as the cells around it do."""
     assert all(isinstance(p, Head) for args in check._inputs.values() for p in pairs_in(args))
+
+
+def test_weights_that_give_no_loss_are_told(capsys, no_grad):
+    model = build_toy(2)
+    model.enable_compatibility_mode()
+    induction_exercises.use_toy((model, repeated_tokens(model, 4, LONGEST)))
+
+    def change_weights(model, rescue):
+        model.blocks[1].attn.W_O[0].fill_(float("nan"))
+
+    induction_exercises.change_weights(change_weights)
+    assert "a loss that is not a number" in capsys.readouterr().out
+    assert model.W_O.isfinite().all()  # and what was changed is undone
