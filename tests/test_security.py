@@ -185,7 +185,7 @@ COMMITTED = [
 ]
 HOMES = "home|Users|root|tmp|work|content"  # where people and machines keep things
 PRIVATE = re.compile(
-    rf"/(?:{HOMES})/[\w.]|site-packages|ipykernel_\d|[A-Z]:\\\\?Users"
+    rf"/(?:{HOMES})/[\w.]|/(?:root)\b|site-packages|ipykernel_\d|[A-Z]:\\\\?Users"
     r"|@[\w-]+\.local\b|hf_[A-Za-z]{20,}|gh[pousr]_\w{30,}"
 )
 
