@@ -241,6 +241,9 @@ def last_logit(logits):
 def interrupt(monkeypatch):
     """A function that calls another, with Ctrl-C before the n-th line of ours; was there one?"""
 
+    # a run in the background, as of nohup, may have been told to ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def call(function, n):
         left = n
 
@@ -263,7 +266,8 @@ def interrupt(monkeypatch):
             sys.settrace(None)
         return False
 
-    return call
+    yield call
+    signal.signal(signal.SIGINT, before)
 
 
 def n_hooks(model):
