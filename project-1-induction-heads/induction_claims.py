@@ -5,8 +5,8 @@ comparison only. Lists of heads run from the strongest to the weakest, and may b
 passed by more than two standard errors of what is compared; within them a claim is undecided.
 """
 
-from utils.ledger import Claim
-from utils.rules import above, below, every
+from utils.ledger.claims import Claim
+from utils.ledger.rules import above, below, every
 
 OLSSON = "Olsson et al. 2022"
 ELHAGE = "Elhage et al. 2021"

@@ -1,7 +1,7 @@
 """The exercises of the induction-heads notebook: right answers, test cases, typical mistakes.
 
 A right answer takes, after what the learner's function gets, what mistakes do otherwise: they are
-`partial`s of it. What `utils.diagnosis` tells by itself (axes, signs, sums, shifts) is not listed.
+`partial`s of it. What `utils.exercises.diagnosis` tells (axes, signs, sums, shifts) is not.
 The tables are laid out by hand: what a learner is told, and under it what errs so.
 """
 
@@ -36,7 +36,7 @@ from transformer_lens.model_bridge import TransformerBridge as Model
 
 from utils import heads, metrics, prompts, toy, weights
 from utils.edits import record
-from utils.learner import Watched
+from utils.exercises.learner import Watched
 
 __all__ = [  # those that edit runs
     "ablate_head",

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge as Model
 
 from utils import ablation, heads, metrics, prompts, toy
 from utils.edits import Run, heads_from, hooks, record
-from utils.exercises import Exercises, NotRight, hook_point, run_hook, set_at
+from utils.exercises.exercise import Exercises, NotRight, hook_point, run_hook, set_at
 
 EXERCISES = Exercises()
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from utils.heads import Head
-from utils.ledger import Claim
-from utils.rules import above, at_least, below, every
+from utils.ledger.claims import Claim
+from utils.ledger.rules import above, at_least, below, every
 
 WANG = "Wang et al. 2022"
 GPT2 = "gpt2-small"

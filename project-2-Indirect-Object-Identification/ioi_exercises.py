@@ -24,9 +24,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils import circuit, metrics
-from utils.diagnosis import a_kind
 from utils.edits import heads_from
-from utils.exercises import hook_point, run_hook, set_at
+from utils.exercises.diagnosis import a_kind
+from utils.exercises.exercise import hook_point, run_hook, set_at
 from utils.heads import Head, check_heads
 from utils.ioi import ioi_prompts
 

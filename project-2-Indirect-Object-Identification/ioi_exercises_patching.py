@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from utils import metrics
 from utils.edits import hook_name
-from utils.exercises import Exercises, hook_point, run_hook, set_at
+from utils.exercises.exercise import Exercises, hook_point, run_hook, set_at
 
 EXERCISES = Exercises()
 ALL = slice(None)

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from utils import metrics
 from utils.edits import hook_name
-from utils.exercises import set_at
+from utils.exercises.exercise import set_at
 
 ALL = slice(None)
 _run, _kept = ways.run_under, ways.run_kept

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from utils import ablation, heads, metrics, patching, weights
 from utils.edits import Edit, Run, heads_from, hooks, record
-from utils.exercises import set_at
+from utils.exercises.exercise import set_at
 
 # The length of the residual stream
 

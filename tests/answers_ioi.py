@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from utils import attribution, circuit, ioi, metrics, patching, paths
 from utils.edits import heads_from, hooks, record
-from utils.exercises import set_at
+from utils.exercises.exercise import set_at
 from utils.heads import Head, all_heads
 
 ALL = slice(None)

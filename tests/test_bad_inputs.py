@@ -28,19 +28,17 @@ from utils.toy import build_toy, tiny_model
 ROOT = Path(__file__).parents[1]
 # what nobody calls with values of their own: views and checks of a notebook, with tests of theirs,
 # reading files that we wrote, and loading models (tests/test_models.py)
-ELSEWHERE = {"colab", "diagnosis", "exercises", "learner", "ledger", "ledger_table", "look"}
-ELSEWHERE |= {"results", "typed", "widgets", "own_text", "own_figures", "sliders", "restart"}
-ELSEWHERE |= {"__init__"}
-MODULES = sorted(path.stem for path in ROOT.glob("utils/*.py") if path.stem not in ELSEWHERE)
+ELSEWHERE = {"__init__", "look", "typed"}
+MODULES = [p.stem for p in ROOT.glob("utils/*.py") if p.stem not in ELSEWHERE] + ["ledger.rules"]
 
 
 def functions():
-    for name in MODULES:
+    for name in sorted(MODULES):
         module = importlib.import_module(f"utils.{name}")
         for function in vars(module).values():
             ours = inspect.isfunction(function) and function.__module__ == module.__name__
             if ours and not function.__name__.startswith("_"):
-                yield f"{name}.{function.__name__}", function
+                yield f"{name.split('.')[-1]}.{function.__name__}", function
 
 
 FUNCTIONS = dict(functions()) | {"LogitDiff": LogitDiff, "TokenLoss": TokenLoss}

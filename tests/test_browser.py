@@ -11,8 +11,8 @@ from tools.pages import to_html
 from utils import plotting
 from utils.diagram import circuit_diagram
 from utils.heads import Head
-from utils.ledger_table import LedgerTable, Rule
-from utils.results import ROOT, read_json
+from utils.ledger.results import ROOT, read_json
+from utils.ledger.table import LedgerTable, Rule
 
 pytestmark = needs_chromium
 FOLD = "<details><summary>Hint</summary>\n\nHidden\n\n</details>"

@@ -9,9 +9,9 @@ import pytest
 
 from ioi_claims import PUBLISHED_CIRCUIT, precision_recall
 from utils.heads import Head
-from utils.ledger import Ledger
+from utils.ledger.claims import Ledger
+from utils.ledger.results import ROOT, read_json
 from utils.metrics import Estimate
-from utils.results import ROOT, read_json
 
 PROJECTS = {
     "project-1-induction-heads": "induction_claims",

@@ -10,10 +10,10 @@ from importlib import metadata
 import nbformat
 import pytest
 
-from utils import colab
-from utils.colab import install_missing, install_offline_model, name_model_from_anywhere
+from utils.ledger.results import ROOT
 from utils.models import offline
-from utils.results import ROOT
+from utils.session import colab
+from utils.session.colab import install_missing, install_offline_model, name_model_from_anywhere
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
 MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
@@ -57,17 +57,16 @@ def clone(project):
     """A script that leaves what the cell needs of the repository."""
     copy = "mech-interp-replications"
     return f"""
-{MKDIR} -p {copy}/utils {copy}/{project}
+{MKDIR} -p {copy}/utils/session {copy}/{project}
 : > {copy}/utils/__init__.py
-: > {copy}/utils/exercises.py
 echo 'no-such-package>=1' > {copy}/requirements.txt
-{CP} "{ROOT}/utils/colab.py" "{ROOT}/utils/restart.py" {copy}/utils
+{CP} "{ROOT}/utils/session/colab.py" "{ROOT}/utils/session/restart.py" {copy}/utils/session
 """
 
 
 def run(cell, cwd, before=""):
-    after = "import os, utils.colab; print(utils.colab.ROOT, os.getcwd(), sys.path[1], sep='\\n')"
-    command = [sys.executable, "-c", "\n".join([before, cell, after])]
+    after = "print(set_up.__globals__['ROOT'], os.getcwd(), sys.path[1], sep='\\n')"
+    command = [sys.executable, "-c", "\n".join([before, cell, "import os", after])]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell
 from test_notebooks import NOTEBOOKS, SHORT_TRAINING, assert_no_claim_holds
 
 from tools.notebook_run import progress
-from utils.results import read_json
+from utils.ledger.results import read_json
 
 pytestmark = pytest.mark.nightly
 OLD = "transformers==4.57.1"  # such as a machine may bring, too old for the notebooks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.diagnosis import difference
+from utils.exercises.diagnosis import difference
 
 AXES = ["prompt", "head", "pos"]
 torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 
 import induction_exercises
 import ioi_exercises
-from utils.exercises import Stretch
+from utils.exercises.exercise import Stretch
 from utils.heads import Head
 from utils.prompts import repeated_tokens
 from utils.toy import LONGEST, build_toy

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from utils import learner
-from utils.exercises import Exercises, hook_point, run_hook
-from utils.results import ROOT
+from utils.exercises import learner
+from utils.exercises.exercise import Exercises, hook_point, run_hook
+from utils.ledger.results import ROOT
 from utils.toy import tiny_model
 
 NAMES = sorted(path.stem for path in ROOT.glob("project-*/*_exercises.py"))
@@ -208,7 +208,7 @@ def test_solved_is_solved_though_a_later_try_is_wrong(capsys):
 
 
 def test_what_a_judge_runs_itself_is_not_held_against_the_answer(monkeypatch, capsys):
-    monkeypatch.setattr("utils.exercises.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("utils.exercises.exercise.CHECK_SECONDS", 0.2)
     exercises = Exercises()
 
     def judge(answer):
@@ -224,8 +224,8 @@ def test_what_a_judge_runs_itself_is_not_held_against_the_answer(monkeypatch, ca
 
 
 def test_a_function_that_runs_too_long_is_ended(monkeypatch, capsys):
-    monkeypatch.setattr("utils.exercises.CHECK_SECONDS", 0.2)
-    monkeypatch.setattr("utils.exercises.USE_SECONDS", 0.2)
+    monkeypatch.setattr("utils.exercises.exercise.CHECK_SECONDS", 0.2)
+    monkeypatch.setattr("utils.exercises.exercise.USE_SECONDS", 0.2)
 
     def swallows(x):
         while len(x) != 2:

@@ -20,15 +20,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from stand_in_hub import COMMIT, REFUSING, a_hub, at_first, published, slowly
 
 from tools import notebook_run, notebooks
-from utils import restart, toy
+from utils import toy
 from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
 from utils.heads import all_heads, cache_heads
+from utils.ledger.results import ROOT
 from utils.models import download, hub, load, load_hf
 from utils.models.hub import hub_folder
 from utils.paths import path_patch
-from utils.results import ROOT
+from utils.session import restart
 
 # --- the hub
 

@@ -18,7 +18,7 @@ from environments import copy_repository, make_environment
 from test_notebooks import NOTEBOOKS, SHORT_TRAINING
 
 from tools.notebook_exercises import STUB, find_exercises
-from utils.exercises import RIGHT, WRONG
+from utils.exercises.exercise import RIGHT, WRONG
 
 pytestmark = [
     needs_chromium,

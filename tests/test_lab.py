@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from tools import lab, notebooks
-from utils.results import ROOT
+from utils.ledger.results import ROOT
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tools.results import compare, markdown_table, summary
-from utils import ledger as ledger_module
 from utils.heads import Head
-from utils.ledger import Claim, Ledger
+from utils.ledger import claims as ledger_module
+from utils.ledger.claims import Claim, Ledger
+from utils.ledger.results import decimals, merge_seeds, read_json, write_json
+from utils.ledger.rules import above, at_least, below, every
 from utils.metrics import Estimate
-from utils.results import decimals, merge_seeds, read_json, write_json
-from utils.rules import above, at_least, below, every
 
 
 def loss(figure):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.results import ROOT
+from utils.ledger.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
 COPIED += ["constraints.txt"]

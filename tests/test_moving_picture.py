@@ -8,7 +8,7 @@ from PIL import Image
 
 from tools import moving_picture
 from tools.moving_picture import FILES, FRAME, LAST, Snapshot, animate, draw, watch_training
-from utils.results import ROOT
+from utils.ledger.results import ROOT
 
 
 def test_training_is_watched_at_its_steps_and_comes_out_the_same_again():

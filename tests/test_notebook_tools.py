@@ -25,8 +25,8 @@ from tools import (
 )
 from tools.results import markdown_table
 from utils import plotting
-from utils.exercises import Exercises
-from utils.results import HOLDS, ROOT, read_json, write_json
+from utils.exercises.exercise import Exercises
+from utils.ledger.results import HOLDS, ROOT, read_json, write_json
 
 FILE = BytesIO()
 Image.effect_noise((64, 32), 90).convert("RGB").save(FILE, "PNG")
@@ -35,7 +35,7 @@ HEADER = """
 import os
 import sys
 from IPython.display import HTML, display
-from utils.ledger import Claim, Ledger
+from utils.ledger.claims import Claim, Ledger
 from utils.metrics import Estimate
 claims = {
     "toy.copying": Claim("It copies", "here", "rule", lambda figure: figure != 0.7),

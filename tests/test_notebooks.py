@@ -18,8 +18,8 @@ from tools.notebook_exercises import COMPARED, answer_wrong, find_exercises, sol
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
 from tools.results import compare
-from utils.exercises import RIGHT, WRONG, Stretch
-from utils.results import HOLDS, ROOT, read_json, write_file
+from utils.exercises.exercise import RIGHT, WRONG, Stretch
+from utils.ledger.results import HOLDS, ROOT, read_json, write_file
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))

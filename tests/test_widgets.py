@@ -10,7 +10,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from tools.notebook_run import WIDGET, execute
-from utils import ioi, own_text, sliders, widgets
+from utils import ioi
 from utils.ablation import mean_run
 from utils.attribution import head_attribution
 from utils.circuit import knock_out
@@ -18,6 +18,7 @@ from utils.edits import Run, heads_from, hooks, record
 from utils.heads import Head, all_heads, attention_patterns
 from utils.metrics import Estimate, logit_diff, per_token_loss
 from utils.toy import train_toy
+from utils.widgets import controls, own_text, sliders
 
 PLOTLY = "application/vnd.plotly.v1+json"
 SENTENCE = "When Mary and John went to the store, John gave a drink to"
@@ -56,7 +57,7 @@ def numbers(values):
 
 
 def control(widget, description):
-    found = [c for c in widgets.inputs(widget.children[:-1]) if c.description == description]
+    found = [c for c in controls.inputs(widget.children[:-1]) if c.description == description]
     assert len(found) == 1, description
     return found[0]
 
@@ -162,7 +163,7 @@ def test_a_place_without_a_mean_is_refused(random_gpt2, usual):
 
 def test_switches_and_text_move_the_figure(random_gpt2):
     groups = {"induction": [Head(1, 0), Head(1, 1)], "previous_token": [Head(0, 2)]}
-    widget = widgets.your_text(random_gpt2, groups, text="A cat and a dog, and a cat")
+    widget = controls.your_text(random_gpt2, groups, text="A cat and a dog, and a cat")
     names = [trace.name for trace in figure_of(widget).data if trace.type == "bar"]
     assert names == ["all heads"]
     control(widget, "L1H1").value = True
@@ -181,7 +182,7 @@ def test_switches_and_text_move_the_figure(random_gpt2):
 
 
 def test_what_was_typed_is_shown_as_text(random_gpt2):
-    widget = widgets.your_text(random_gpt2, {"a": [Head(0, 0)]})
+    widget = controls.your_text(random_gpt2, {"a": [Head(0, 0)]})
     control(widget, "Text").value = "a <b> & <a href='x'>y</a>"
     labels = "".join(figure_of(widget).layout.xaxis.ticktext[1:])
     assert "<" not in labels and "&lt;" in labels and "&amp;" in labels
@@ -194,7 +195,7 @@ def test_what_was_typed_is_shown_as_text(random_gpt2):
 
 def test_a_knock_out_moves_the_sentence(random_gpt2, usual):
     found = {"name_mover": [Head(1, 0), Head(2, 2)], "induction": [Head(0, 1)]}
-    widget = widgets.your_sentence(random_gpt2, found, usual)
+    widget = controls.your_sentence(random_gpt2, found, usual)
     first = figure_of(widget)
     assert list(first.data[0].y) == ["L1H0", "L2H2"]  # those at END
     for name in ("L1H0", "all induction", "all name mover"):
@@ -208,7 +209,7 @@ def test_a_knock_out_moves_the_sentence(random_gpt2, usual):
 
 def test_the_slider_moves_maps_and_marks_together(film):
     run, figure = film
-    widget = widgets.by_steps(figure, "training step")
+    widget = controls.by_steps(figure, "training step")
     slider = control(widget, "training step")
     assert slider.label == "10" and len(figure.layout.sliders) == 1
     slider.label = "20"
@@ -229,7 +230,7 @@ def test_the_threshold_moves_the_circuit():
     kept = {n: {"all": Estimate(n / 6, 0.01, 9)} for n in (2, 4, 6)}
     named = set(list(contributions)[:3])
     figure = sliders.circuits_by_threshold(contributions, kept, named)
-    widget = widgets.by_steps(figure, "threshold")
+    widget = controls.by_steps(figure, "threshold")
     for label, with_role, without in (("50.0%", 2, 0), ("16.7%", 3, 3)):
         control(widget, "threshold").label = label
         role, none, _, now = figure_of(widget).data
@@ -248,7 +249,7 @@ def test_a_slider_opens_at_one_of_its_frames():
 
 
 def test_a_widget_brings_its_figure(film):
-    bundle = widgets.by_steps(film[1], "training step")._repr_mimebundle_()
+    bundle = controls.by_steps(film[1], "training step")._repr_mimebundle_()
     assert set(bundle) == {WIDGET, PLOTLY, "text/plain"}
     assert len(bundle[PLOTLY]["frames"]) == 3 and bundle[PLOTLY]["layout"]["sliders"]
 

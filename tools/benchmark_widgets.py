@@ -8,12 +8,13 @@ import plotly.io as pio
 from ipywidgets import ToggleButton
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils import ioi, own_text, sliders, widgets
+from utils import ioi
 from utils.circuit import Node
 from utils.edits import record
 from utils.heads import Head
 from utils.metrics import Estimate
 from utils.toy import train_toy
+from utils.widgets import controls, own_text, sliders
 
 CLICKS = 20
 
@@ -33,21 +34,21 @@ def clicks_to_figures(model: TransformerBridge) -> dict[str, float]:
     kept = {n: {"all": Estimate(0.5, 0.1, 64)} for n in range(1, 1 + len(nodes))}
     return {
         "training": _drag(sliders.toy_training(train_toy(2, n_steps=20), at=0)),
-        "text": _press(widgets.your_text(model, {"induction": half})),
-        "sentence": _press(widgets.your_sentence(model, {"name_mover": half}, at)),
+        "text": _press(controls.your_text(model, {"induction": half})),
+        "sentence": _press(controls.your_sentence(model, {"name_mover": half}, at)),
         "threshold": _drag(sliders.circuits_by_threshold(nodes, kept, set(list(nodes)[::2]))),
     }
 
 
-def _press(widget: widgets.Live) -> float:
+def _press(widget: controls.Live) -> float:
     """All switches on, one after another, then off again in the same order."""
-    each = [c for c in widgets.inputs(widget.children[:-2]) if isinstance(c, ToggleButton)][1:]
+    each = [c for c in controls.inputs(widget.children[:-2]) if isinstance(c, ToggleButton)][1:]
     return _median((button, on) for on in (True, False) for button in each)
 
 
 def _drag(figure) -> float:
-    widget = widgets.by_steps(figure, "step")
-    (slider,) = widgets.inputs(widget.children[:-2])
+    widget = controls.by_steps(figure, "step")
+    (slider,) = controls.inputs(widget.children[:-2])
     first, n = slider.value, len(slider.options)
     return _median((slider, (first + 1 + i) % n) for i in range(CLICKS))
 

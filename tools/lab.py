@@ -15,7 +15,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.notebooks import find_notebooks
-from utils.results import ROOT, write_file
+from utils.ledger.results import ROOT, write_file
 
 MY = ROOT / "my"
 # Its overrides.json: no question about news at the first start, no search for newer versions.

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.heads import attention_patterns, prefix_matching_score, score_heads
+from utils.ledger.results import ROOT, write_file
 from utils.metrics import half_losses, per_token_loss
 from utils.prompts import repeated_tokens
-from utils.results import ROOT, write_file
 from utils.toy import HELD_OUT, HELD_OUT_SEED, LONGEST, build_toy, toy_batch
 
 STEPS, EVERY = 240, 4  # the loss falls around step 140

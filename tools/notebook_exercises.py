@@ -13,7 +13,7 @@ from typing import NamedTuple
 import nbformat
 from nbformat import NotebookNode
 
-from utils.exercises import RIGHT, UNTRIED, Exercise, Stretch
+from utils.exercises.exercise import RIGHT, UNTRIED, Exercise, Stretch
 
 STUB = "raise NotImplementedError()"
 COMPARED = "nbval-check-output"

@@ -20,7 +20,7 @@ from PIL import Image
 from tools import notebook_run
 from tools.notebook_exercises import mark_checks
 from tools.results import PAPERS, markdown_table, summary
-from utils.results import ROOT, merge_seeds, read_json, write_file, write_json
+from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from tools import notebook_run
-from utils.results import ROOT
+from utils.ledger.results import ROOT
 
 
 def find_notebooks(names: list[str] | None = None) -> list[Path]:

@@ -4,16 +4,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results import (
+from utils.ledger.results import (
     FAILS,
     SIGNS,
     UNDECIDED,
     cells,
     counts,
     read_json,
-    role_in_words,
     verdict,
 )
+from utils.look import role_in_words
 
 PAPERS = "gpt2-small"  # the model that most published figures are of
 

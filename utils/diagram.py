@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.look import PNG_WIDTH, escaped
-from utils.results import role_in_words
+from utils.look import PNG_WIDTH, escaped, role_in_words
 from utils.typed import checked
 
 LOGITS, INK = "logits", "#222222"

@@ -8,8 +8,6 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from utils.results import role_in_words
-
 # After Okabe and Ito, who keep colours apart for colour-blind readers; darker where theirs have
 # less than 3:1 on white. Lines also differ by dash, bars by hatching.
 COLOURS = ["#0072B2", "#D55E00", "#008A64", "#B8508C", "#A86B00", "#3A87BF", "#6B5900", "#404040"]
@@ -97,6 +95,11 @@ def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
         for dash, name in zip(DASHES, (n for n, m in heads.items() if m[1] == layer), strict=False):
             looks[name] = COLOURS[i % len(COLOURS)], dash
     return looks
+
+
+def role_in_words(role: str) -> str:
+    """A role as people write it: "previous_token" is previous token."""
+    return "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
 
 
 def category(name: object, n: int) -> str:

@@ -7,7 +7,7 @@ import symtable
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIRST = ""
 HOW = (
     "After a restart run all cells above first "

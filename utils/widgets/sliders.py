@@ -1,7 +1,7 @@
 """Figures with a slider of plotly's own: they move without a kernel, in pages too.
 
-A frame holds what changes from step to step, nothing else. `utils.widgets.by_steps` puts a slider
-for the keyboard over them where a kernel runs.
+A frame holds what changes from step to step, nothing else. Where a kernel runs,
+`controls.by_steps` puts a slider for the keyboard over them.
 """
 
 from collections.abc import Mapping, Sequence, Set

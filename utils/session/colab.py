@@ -12,9 +12,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from utils.restart import explain_missing_names
+from utils.session.restart import explain_missing_names
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("numpy", "torch")  # large, built for the machine, and imported by everything else
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?"}
 
@@ -80,11 +80,6 @@ def verdict(claim: dict) -> str:
     """An entry's verdict in words, with the number of seeds if it was merged over some."""
     seeds = claim.get("holds_in", "").replace("/", " of ")
     return claim["verdict"] + (f" (in {seeds} seeds)" if seeds else "")
-
-
-def role_in_words(role: str) -> str:
-    """A role as people write it: "previous_token" is previous token."""
-    return "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
 
 
 def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:

@@ -23,7 +23,7 @@ In the notebook the check is a decorator on the stub, so that running the cell c
         raise NotImplementedError()
 
 It prints one line, never raises, and gives back a function: the learner's if it is right, the
-library's until then. Mistakes are told by name; what nobody listed is told by `utils.diagnosis`.
+library's until then. Mistakes are told by name; what nobody listed, by `diagnosis`.
 Where the answer is a hook, `run=run_hook` makes its output a tensor. A mistake whose output equals
 the right one would condemn right answers: `Exercise.problems()` lists such slips.
 """
@@ -46,8 +46,8 @@ from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from utils.diagnosis import a_kind, difference, kind_of_slip, same
-from utils.learner import Overrun, Watched, contained, keep_names
+from utils.exercises.diagnosis import a_kind, difference, kind_of_slip, same
+from utils.exercises.learner import Overrun, Watched, contained, keep_names
 
 RIGHT, WRONG, UNTRIED = "right", "not right yet", "not attempted yet"
 CHECK_SECONDS, USE_SECONDS = 20, 120

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from utils.results import FAILS, HOLDS, UNDECIDED, cells, counts
+from utils.ledger.results import FAILS, HOLDS, UNDECIDED, cells, counts
 
 # White on these, and these on white, have a contrast of at least 4.5; the sign says the same.
 COLOURS = {HOLDS: "#1a7f37", FAILS: "#b3261e", UNDECIDED: "#7a5c00"}

@@ -1,6 +1,6 @@
 """A text of your own: its losses, where heads look and what they write, with heads taken out.
 
-Each answer takes one run of the model, so that a widget gives it at once (`utils.widgets`).
+Each answer takes one run of the model, so that a widget gives it at once (`controls`).
 """
 
 import re

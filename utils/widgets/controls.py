@@ -30,8 +30,9 @@ from utils.circuit import ROLE_POSITIONS, Circuit
 from utils.edits import Run
 from utils.heads import Head
 from utils.ioi import single_token_names
-from utils.own_figures import end_figure, text_figure
-from utils.own_text import (
+from utils.look import role_in_words
+from utils.widgets.own_figures import end_figure, text_figure
+from utils.widgets.own_text import (
     EndRun,
     TextRun,
     own_prompt,
@@ -40,8 +41,7 @@ from utils.own_text import (
     text_tokens,
     token_words,
 )
-from utils.results import role_in_words
-from utils.sliders import show_frame
+from utils.widgets.sliders import show_frame
 
 TEXT = "Professor Vandermeer lost her key. A porter found it, and Professor Vandermeer smiled."
 SENTENCE = "When {0} and {1} went to the store, {1} gave a drink to"
@@ -85,7 +85,7 @@ class Live(VBox):
 
 
 def by_steps(figure: go.Figure, name: str) -> Live:
-    """A figure of `utils.sliders` under a slider that the arrow keys move too."""
+    """A figure of `utils.widgets.sliders` under a slider that the arrow keys move too."""
     (own,) = figure.layout.sliders
     options = [(step.label, i) for i, step in enumerate(own.steps)]
     wide = dict(layout=Layout(width="95%"), style=dict(description_width="initial"))

@@ -1,4 +1,4 @@
-"""Figures of a text of your own (`utils.own_text`), before and after heads are taken out.
+"""Figures of a text of your own (`utils.widgets.own_text`), before and after heads are taken out.
 
 Whatever was typed is escaped: plotly reads some HTML in its labels.
 """
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from utils.diagram import LOWERS, RAISES
 from utils.heads import Head
 from utils.look import COLOURS, titled
-from utils.own_text import EndRun, TextRun
+from utils.widgets.own_text import EndRun, TextRun
 
 ATTENTION = dict(zmin=0, zmax=1, colorscale="Blues", showscale=False)
 ATTENTION |= dict(hovertemplate="%{y} to %{x}: %{z:.2f}<extra></extra>")

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.ledger_table import LedgerTable, Rule
-from utils.results import (
+from utils.ledger.results import (
     FAILS,
     HOLDS,
     ROOT,
@@ -31,14 +30,15 @@ from utils.results import (
     read_json,
     write_json,
 )
-from utils.rules import Verdict, every
+from utils.ledger.rules import Verdict, every
+from utils.ledger.table import LedgerTable, Rule
 
 
 class Claim(NamedTuple):
     """A published claim and our rule, in words and computed; the published figure decides nothing.
 
     `holds` takes what the notebook records, the reported figure first, and gives True, False, or
-    None where the figures cannot tell (`utils.rules`).
+    None where the figures cannot tell (`utils.ledger.rules`).
     """
 
     statement: str

@@ -1,0 +1,1 @@
+"""What the notebooks conclude: claims, the rules that judge them, the table, the files."""

@@ -1,0 +1,1 @@
+"""Where a notebook runs: Colab or a checkout, and what a restarted kernel says."""
