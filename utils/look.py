@@ -80,7 +80,10 @@ def escaped(text: object) -> str:
 
 
 def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and dash of each line: heads of a layer share a colour, where dashes suffice."""
+    """Colour and dash of each line: heads of a layer share a colour, where dashes suffice.
+
+    Other names come first, so that they look the same in figures with heads and without.
+    """
     heads = {name: match for name in names if (match := re.fullmatch(r"L(\d+)H(\d+)", name))}
     layers = list(dict.fromkeys(match[1] for match in heads.values()))
     most = max((sum(m[1] == layer for m in heads.values()) for layer in layers), default=0)
@@ -90,8 +93,8 @@ def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
         return dict(zip(names, looks, strict=True))
     others, looks = [name for name in names if name not in heads], {}
     for i, name in enumerate(others):
-        looks[name] = COLOURS[(len(layers) + i) % len(COLOURS)], DASHES[i % len(DASHES)]
-    for i, layer in enumerate(layers):
+        looks[name] = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+    for i, layer in enumerate(layers, start=len(others)):
         for dash, name in zip(DASHES, (n for n, m in heads.items() if m[1] == layer), strict=False):
             looks[name] = COLOURS[i % len(COLOURS)], dash
     return looks
