@@ -25,8 +25,8 @@ CLAIMS: dict[str, Claim] = {
         "and the same share of that prefix-matching score are above 0.75, and the in-context-"
         "learning score has a plateau on both sides: half a window before and after, its rate is "
         "below a third of the rate inside.",
-        holds=lambda icl_share, prefix_share, before, after: (
-            min(icl_share, prefix_share) > 0.75 and max(before, after) < 1 / 3
+        holds=lambda icl_share, prefix_share, rate_before, rate_after: (
+            min(icl_share, prefix_share) > 0.75 and max(rate_before, rate_after) < 1 / 3
         ),
     ),
     "toy.path_turns": Claim(

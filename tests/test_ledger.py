@@ -12,7 +12,7 @@ from tools.results import compare, markdown_table, summary
 from utils.heads import Head
 from utils.ledger import claims as ledger_module
 from utils.ledger.claims import Claim, Ledger
-from utils.ledger.results import decimals, merge_seeds, read_json, write_json
+from utils.ledger.results import decimals, merge_seeds, others, read_json, write_json
 from utils.ledger.rules import above, at_least, below, every
 from utils.metrics import Estimate
 
@@ -41,7 +41,8 @@ def verdicts(ledger):
 def entry(claim_id, measured, holds=True, stderr=None, n=None, **more):
     claim = {"id": claim_id, "statement": "s", "source": "p", "published": None}
     figure = {"published_model": None, "measured": measured, "stderr": stderr, "n": n}
-    return claim | figure | {"verdict": "holds" if holds else "does not hold"} | more
+    verdict = {"others": {}, "verdict": "holds" if holds else "does not hold"}
+    return claim | figure | verdict | more
 
 
 def run(*claims, weights="abc", **heads):
@@ -63,7 +64,16 @@ def test_the_file_follows_the_schema(ledger, tmp_path):
     assert figures == [0.25, None, None, "does not hold"]
     text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
     figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
-    assert list(lm.items()) == list((text | figure | {"verdict": "holds"}).items())
+    verdict = {"others": {}, "verdict": "holds"}
+    assert list(lm.items()) == list((text | figure | verdict).items())
+
+
+def test_what_else_a_rule_looks_at_is_kept_by_its_name(ledger):
+    ledger.claims = {"a": Claim("A", "p", "r.", lambda x, rate, of, heads, ok: False)}
+    ledger.record("a", 1.0, Estimate(0.25, 0.1, 3), math.inf, [Head(0, 1)], True)
+    (claim,) = read_json(ledger.path)["claims"]
+    assert claim["others"] == {"rate": 0.25, "of": None}
+    assert others(claim | {"others": {"rate_before": 0.25, "of": None}}) == "rate before 0.250"
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):
@@ -271,12 +281,15 @@ def test_compare_roles_and_weights():
 
 
 def test_merge_seeds_averages_toy_claims_only():
-    full = run(entry("toy.a", 0.5), entry("lm.a", 0.1, stderr=0.01, n=8))
-    seeds = [run(entry("toy.a", 0.7)), run(entry("toy.a", 0.9, holds=False))]
+    full = run(entry("toy.a", 0.5, others={"b": 1.0}), entry("lm.a", 0.1, stderr=0.01, n=8))
+    others_of = ({"b": 2.0}, {"b": 6.0})
+    seeds = [run(entry("toy.a", 0.7, others=others_of[0]))]
+    seeds += [run(entry("toy.a", 0.9, holds=False, others=others_of[1]))]
     toy, lm = merge_seeds(full, seeds)["claims"]
     assert toy["measured"] == pytest.approx(0.7)
     assert toy["stderr"] == pytest.approx(0.2 / math.sqrt(3), rel=1e-3)
     assert (toy["n"], toy["verdict"], toy["holds_in"]) == (3, "undecided", "2/3")
+    assert toy["others"] == {"b": 3.0}
     assert lm == full["claims"][1]
     assert full["claims"][0]["measured"] == 0.5  # the input is as it was
 
@@ -317,16 +330,16 @@ def test_markdown(tmp_path):
 def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
     claims = [
         entry("lm.a", -0.00004, statement="It is small"),
-        entry("lm.b", 0.1, holds=False, statement="It is large"),
+        entry("lm.b", 0.1, holds=False, statement="It is large", others={"bound": 0.2}),
     ]
     text = summary(run(*claims), ["lm.a"])
     assert text == (
         "**1 of 2 claims hold, 1 does not** for `smollm2-135m`.\n\n"
-        "Do not hold:\n\n- It is large.\n\n"
-        "| | claim | published | ours, `smollm2-135m` | ours, `gpt2-small` |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| ✓ | It is small | – | 0.000 | not yet run |\n"
+        "- ✓ It is small. Ours: 0.000; published: –.\n\n"
+        "<details><summary>Claims that do not hold</summary>\n\n"
+        "- It is large. Ours: 0.100, with bound 0.200.\n\n</details>\n"
     )
-    assert "| 0.000 | −0.500 |" in summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
+    theirs = summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
+    assert "Ours: 0.000; ours on `gpt2-small`: −0.500; published" in theirs
     with pytest.raises(ValueError, match="claim_ids: got"):
         summary(run(*claims), ["lm.c"])

@@ -238,7 +238,8 @@ def test_keep_takes_a_models_results_from_the_last_run(project, capsys):
     write(project, "raise SystemExit")
     assert notebooks.main(["keep", "gpt2-small"]) == 1
     assert "got 'gpt2-small', which build/results does not have" in capsys.readouterr().err
-    claim = {"id": "toy.copying", "measured": 0.5, "stderr": None, "n": None, "verdict": HOLDS}
+    claim = {"id": "toy.copying", "measured": 0.5, "stderr": None, "n": None, "others": {}}
+    claim["verdict"] = HOLDS
     ledger = {"model": "gpt2-small", "versions": {}, "heads": {}}
     for seed, folder in ((0, "build/results/project-1-toy"), (1, "project-1-toy/results")):
         name = "toy_seeds" if seed else "gpt2-small"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from utils.ledger.results import (
     FAILS,
+    HOLDS,
     SIGNS,
     UNDECIDED,
     cells,
     counts,
+    others,
     read_json,
     verdict,
 )
@@ -63,27 +65,34 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
 
 
 def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) -> str:
-    """How many claims hold, which do not or are undecided, and a table of the named ones.
+    """How many claims hold, the named ones with their figures, and, folded, those that do not hold.
 
-    `papers` is the ledger of the papers' own model, if a run of it is committed. Raises ValueError
-    for an id that is not in the ledger.
+    A list, which a phone shows whole. `papers` is the ledger of the papers' own model, if a run of
+    it is committed. Raises ValueError for an id that is not in the ledger.
     """
     claims = {claim["id"]: claim for claim in ledger["claims"]}
     if unknown := [i for i in claim_ids if i not in claims]:
         raise ValueError(f"claim_ids: got {unknown}, have {', '.join(claims)}")
     lines = [f"**{counts(claims.values())}** for `{ledger['model']}`.", ""]
-    for verdict_, head in ((FAILS, "Do not hold"), (UNDECIDED, "Undecided")):
-        named = [f"- {c['statement']}." for c in claims.values() if c["verdict"] == verdict_]
-        lines += [f"{head}:", "", *named, ""] if named else []
-    ours = f"ours, `{ledger['model']}`"
-    lines += [f"| | claim | published | {ours} | ours, `{PAPERS}` |", "| --- " * 5 + "|"]
     theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
     for claim in (claims[i] for i in claim_ids):
-        _, published, figure = cells(claim)
-        other = cells(theirs[claim["id"]])[2] if claim["id"] in theirs else "not yet run"
-        row = (SIGNS[claim["verdict"]], claim["statement"], published, figure, other)
-        lines.append("| " + " | ".join(map(_escape, row)) + " |")
+        figures = [f"Ours: {with_others(claim)}", f"published: {cells(claim)[1]}"]
+        if claim["id"] in theirs:
+            figures.insert(1, f"ours on `{PAPERS}`: {with_others(theirs[claim['id']])}")
+        lines.append(f"- {SIGNS[claim['verdict']]} {claim['statement']}. {'; '.join(figures)}.")
+    for verdict_, head in ((FAILS, "do not hold"), (UNDECIDED, "are undecided")):
+        named = [c for c in claims.values() if c["verdict"] == verdict_]
+        if named:
+            lines += ["", f"<details><summary>Claims that {head}</summary>", ""]
+            lines += [f"- {c['statement']}. Ours: {with_others(c)}." for c in named]
+            lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def with_others(claim: dict) -> str:
+    """Our figure and, where the claim does not hold, what else its rule looks at."""
+    more = "" if claim["verdict"] == HOLDS else others(claim)
+    return cells(claim)[2] + (f", with {more}" if more else "")
 
 
 def markdown_table(ledger: dict | Path) -> str:
@@ -100,8 +109,8 @@ def markdown_table(ledger: dict | Path) -> str:
         "| --- | --- | --- | --- |",
     ]
     for c in data["claims"]:
-        verdict_, *figures = cells(c)
-        row = verdict_, c["statement"], *figures
+        verdict_, published, _ = cells(c)
+        row = verdict_, c["statement"], published, with_others(c)
         lines.append("| " + " | ".join(map(_escape, row)) + " |")
     return "\n".join(lines) + "\n" + heads_table(data)
 

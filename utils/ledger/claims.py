@@ -9,6 +9,7 @@
 `build/results/<project>/<model label>.json`; MECH_INTERP_RESULTS names another folder.
 """
 
+import inspect
 import math
 import os
 import re
@@ -112,6 +113,7 @@ class Ledger:
             "measured": plain(value),
             "stderr": plain(stderr),
             "n": n,
+            "others": _named_figures(claim.holds, (measured, *others), named),
             "verdict": UNDECIDED if holds is None else HOLDS if holds else FAILS,
         }
         if before and before["verdict"] != entries[claim_id]["verdict"]:
@@ -143,6 +145,14 @@ class Ledger:
             for claim, statements in zip(shown, needed, strict=True)
         ]
         return LedgerTable(data["claims"], rules)
+
+
+def _named_figures(rule: Callable, figures: tuple, named: Mapping) -> dict[str, float | None]:
+    """What the rule looks at beside the figure reported, by its own names: numbers and means."""
+    _, *given = inspect.signature(rule).bind(*figures, **named).arguments.items()
+    means = {name: x[0] if isinstance(x, tuple) else x for name, x in given}
+    numbers = {k: x for k, x in means.items() if isinstance(x, Real) and not isinstance(x, bool)}
+    return {name: plain(x) for name, x in numbers.items()}
 
 
 def _check_figure(claim_id: str, figure: object) -> None:

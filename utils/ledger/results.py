@@ -61,6 +61,12 @@ def _figure(claim: dict) -> str:
     return text
 
 
+def others(claim: dict) -> str:
+    """The other figures that the rule looks at, by name: why a claim does not hold."""
+    known = {name: x for name, x in claim["others"].items() if x is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {decimals(x)}" for name, x in known.items())
+
+
 def decimals(value: float, places: int = 3) -> str:
     """A number as people write it: never -0.000, and a true minus sign."""
     text = f"{value:.{places}f}"
@@ -104,10 +110,12 @@ def _over_seeds(runs: list[dict]) -> dict:
     values = [r["measured"] for r in runs if r["measured"] is not None]
     held, n = sum(r["verdict"] == HOLDS for r in runs), len(values)
     verdicts = {r["verdict"] for r in runs}
+    by_name = {name: [r["others"][name] for r in runs] for name in runs[0]["others"]}
     return {
         "measured": plain(mean(values)) if values else None,
         "stderr": plain(stdev(values) / math.sqrt(n)) if n > 1 else None,
         "n": n,
+        "others": {k: None if None in x else plain(mean(x)) for k, x in by_name.items()},
         "verdict": verdicts.pop() if len(verdicts) == 1 else UNDECIDED,
         "holds_in": f"{held}/{len(runs)}",
     }

