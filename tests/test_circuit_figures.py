@@ -33,7 +33,7 @@ HEADS = [Head(1, 0), Head(0, 1)]
 @pytest.mark.parametrize(("least", "of_l0h1"), [(0.0, "B"), (0.1, "-")])
 def test_attention_table_says_where_heads_look(least, of_l0h1):
     got = attention_table(some_patterns(), POSITIONS, HEADS, "END", ["A", "B"], least)
-    columns = {"A": [0.6, 0.02], "B": [0.3, 0.05], "looks_at": ["A", of_l0h1]}
+    columns = {"A": [0.6, 0.02], "B": [0.3, 0.05], "looks at": ["A", of_l0h1]}
     want = pd.DataFrame(columns, index=["L1H0", "L0H1"])
     pd.testing.assert_frame_equal(got, want, check_dtype=False)
 

@@ -144,7 +144,7 @@ def attention_table(
 ) -> pd.DataFrame:
     """Mean attention of some heads (rows) from one named place of the prompts to others (columns).
 
-    The last column, `looks_at`, is the place that a head attends to most, or "-" where that is less
+    The last column, `looks at`, is the place that a head attends to most, or "-" where that is less
     than `least`. Raises ValueError as `attention_at`, and for a place that has no position.
     """
     if lacking := {dest, *sources} - set(positions):
@@ -155,7 +155,7 @@ def attention_table(
     table = pd.DataFrame(mean, index=[str(head) for head in heads])
     most = table.idxmax(axis=1)
     table = table.round(3)
-    return table.assign(looks_at=most.where(table.max(axis=1) >= least, "-"))
+    return table.assign(**{"looks at": most.where(table.max(axis=1) >= least, "-")})
 
 
 @checked
