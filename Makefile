@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
 # As many tests at once as there are cores; four notebooks fit into 16 GiB.
-WORKERS := -n logical --maxprocesses 4 --dist worksteal
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help lab notebooks test test-nightly lint benchmark outputs study site gone

@@ -18,7 +18,7 @@ from transformers import (
 
 from utils.models import load_hf, load_model
 
-LONGEST_FIRST = ("test_notebooks.py", "test_notebook_tools.py", "test_make.py")
+LONGEST_FIRST = ("test_notebooks.py", "test_site.py", "test_exercises.py", "test_faults.py")
 
 
 def pytest_configure():
@@ -30,9 +30,17 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The long ones come first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)  # a stable sort
+    """The long ones come first, so that no worker is left alone with one at the end.
+
+    A file's tests share a worker, and so its fixtures; a notebook is for whoever is free.
+    """
+    order = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # a stable sort
+    for item in items:
+        if item.path.name != LONGEST_FIRST[0]:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

