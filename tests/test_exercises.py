@@ -244,7 +244,7 @@ def test_a_function_that_runs_too_long_is_ended(monkeypatch, capsys):
     yours = exercise(lambda x: sleeps(x) if len(x) == 4 else row_means(x))
     assert torch.equal(yours(torch.ones(4, 2)), torch.ones(4))
     assert "ran too long" in capsys.readouterr().out
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_an_outer_limit_goes_on_after_an_inner_one():
@@ -252,8 +252,8 @@ def test_an_outer_limit_goes_on_after_an_inner_one():
     with pytest.raises(learner.Overrun), learner.contained(0.3):
         with learner.contained(30):
             pass
-        time.sleep(10)
-    assert time.monotonic() - began < 5
+        time.sleep(30)
+    assert time.monotonic() - began < 20
 
 
 def test_printing_is_shown_but_not_without_end(capsys):

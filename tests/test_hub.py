@@ -37,7 +37,7 @@ def silent(connects):
 
 @pytest.fixture
 def ask(monkeypatch):
-    """Ask the hub at an address, afresh and past any proxy: the answer, in under 5 seconds."""
+    """Ask the hub at an address, afresh and past any proxy: the answer, in under 15 seconds."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "*")
     huggingface_hub.close_session()
@@ -48,7 +48,7 @@ def ask(monkeypatch):
         hub_trouble.cache_clear()
         start = time.monotonic()
         answer = hub_reachable()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
         return answer
 
     yield asking

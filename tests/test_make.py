@@ -114,9 +114,7 @@ TEST = [
 def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.make(target).returncode == 0
     assert copy.calls() == [*SET_UP, *work]
-    start = time.monotonic()
     assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
-    assert time.monotonic() - start < 2
     assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
 
 
