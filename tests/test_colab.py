@@ -13,7 +13,12 @@ import pytest
 from utils.ledger.results import ROOT
 from utils.models import offline
 from utils.session import colab
-from utils.session.colab import install_missing, install_offline_model, name_model_from_anywhere
+from utils.session.colab import (
+    install_missing,
+    install_offline_model,
+    name_model_from_anywhere,
+    name_untested,
+)
 
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
 MKDIR, CP = shutil.which("mkdir"), shutil.which("cp")
@@ -60,6 +65,7 @@ def clone(project):
 {MKDIR} -p {copy}/utils/session {copy}/{project}
 : > {copy}/utils/__init__.py
 echo 'no-such-package>=1' > {copy}/requirements.txt
+{CP} "{ROOT}/constraints.txt" {copy}
 {CP} "{ROOT}/utils/session/colab.py" "{ROOT}/utils/session/restart.py" {copy}/utils/session
 """
 
@@ -167,6 +173,38 @@ def test_a_restart_is_asked_for_when_an_imported_package_has_changed(machine, mo
 def test_a_failure_of_pip_is_told(machine):
     with pytest.raises(RuntimeError, match=r"could not install impossible>1: No\."):
         machine("impossible>1")
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ({"transformers": "5.23.0", "transformer-lens": "4.3.0"}, ""),
+        ({"transformers": "5.9", "transformer-lens": "4.3.0"}, ""),
+        ({"transformers": "5.24.0"}, "transformers 5.24.0 (tested: 5.23.0)"),
+        (
+            {"transformers": "5.23.0", "transformer-lens": "5.0.0.dev1"},
+            "5.0.0.dev1 (tested: 4.3.0)",
+        ),
+        ({"transformers": "6", "transformer-lens": "5"}, "(tested: 4.3.0), transformers 6 (tested"),
+    ],
+)
+def test_versions_past_the_tested_ones_are_named(here, said, monkeypatch, capsys, tmp_path):
+    def version(name):
+        if name in here:
+            return here[name]
+        raise metadata.PackageNotFoundError(name)
+
+    pins = tmp_path / "constraints.txt"
+    pins.write_text("transformer-lens==4.3.0\ntransformers==5.23.0\ntransformers-other==9\n")
+    monkeypatch.setattr(metadata, "version", version)
+    name_untested(pins)
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count("\n") == bool(said)
+
+
+def test_our_own_constraints_pin_what_is_looked_up():
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert set(colab.TESTED) <= {pin.split("==")[0] for pin in pins}
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,20 @@ Imports nothing that a bare Colab session lacks.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from utils.session.restart import explain_missing_names
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("numpy", "torch")  # large, built for the machine, and imported by everything else
+TESTED = ("transformer-lens", "transformers")  # whose newer releases have changed what we build on
 
 
 def set_up(project: str) -> None:
@@ -32,6 +35,7 @@ def set_up(project: str) -> None:
     if "google.colab" in sys.modules:
         install_missing(ROOT / "requirements.txt")
         install_offline_model()
+    name_untested(ROOT / "constraints.txt")
 
 
 def name_model_from_anywhere() -> None:
@@ -70,6 +74,21 @@ def install_missing(requirements: Path) -> None:
             f"Choose Runtime > Restart session and run this notebook again: {', '.join(changed)} "
             "changed after having been imported."
         )
+
+
+def name_untested(constraints: Path) -> None:
+    """Say in one sentence which of TESTED are newer than those that the tests ran with."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", constraints.read_text(), re.MULTILINE))
+    newer = []
+    for name in TESTED:
+        try:
+            here = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # and the first import will say so
+        if Version(here) > Version(pins[name]):
+            newer.append(f"{name} {here} (tested: {pins[name]})")
+    if newer:
+        print(f"Newer than what was tested, so figures or calls may differ: {', '.join(newer)}.")
 
 
 def install_offline_model() -> None:
