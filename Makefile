@@ -3,6 +3,7 @@
 
 MODELS := requirements-models.txt
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt $(MODELS)
+ADMITTED := requirements-oldest.txt requirements-newest.txt
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -15,8 +16,11 @@ GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 # As many tests at once as there are cores; four notebooks fit into 16 GiB.
 WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
+# What the unit tests are not: whole notebooks and what is made of their outputs.
+UNIT := $(addprefix --ignore=tests/test_,notebooks.py site.py browser.py jupyterlab.py drawings.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help lab notebooks test test-nightly lint benchmark outputs study site gone
+.PHONY: help lab notebooks test test-nightly test-oldest test-newest mutants lint benchmark outputs study site gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -35,6 +39,19 @@ test: lint ## run the linters and every test that is not long, the notebooks inc
 test-nightly: $(INSTALLED) ## run the long tests: the notebooks with every exercise solved
 	@sh tools/chromium.sh
 	$(VENV_PYTHON) -m pytest tests -m nightly $(ARGS)
+
+test-oldest: ## run the unit tests with the lowest versions that requirements.txt admits
+test-newest: ## run the unit tests with the highest (LENS=<url>: with that TransformerLens)
+test-oldest test-newest: test-%:
+	@PYTHON="$(PYTHON)" sh tools/make_venv.sh .venv-$* \
+		.venv-$*/installed-$(shell cat $(REQUIREMENTS) $(ADMITTED) | cksum | cut -d ' ' -f 1) \
+		"$(MODELS)" requirements-$*.txt
+	$(if $(LENS),.venv-$*/bin/python -m pip install --no-deps "$(LENS)")
+	.venv-$*/bin/python -m pytest tests -m "not nightly" $(UNIT) $(WORKERS) $(ARGS)
+
+mutants: $(INSTALLED) ## set faults into the analysis: do the tests see them? (ARGS="--sample 300")
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray
+	$(VENV_PYTHON) -m tools.mutants $(ARGS)
 
 lint: $(INSTALLED) ## check style and format, the notebooks included
 	$(VENV_PYTHON) -m ruff check .

