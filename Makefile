@@ -20,7 +20,7 @@ WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 UNIT := $(addprefix --ignore=tests/test_,notebooks.py site.py browser.py jupyterlab.py drawings.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab notebooks test test-nightly test-oldest test-newest mutants lint benchmark outputs study site gone
+.PHONY: help lab notebooks test test-nightly test-oldest test-newest lint benchmark outputs study site gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -49,9 +49,6 @@ test-oldest test-newest: test-%:
 	$(if $(LENS),.venv-$*/bin/python -m pip install --no-deps "$(LENS)")
 	.venv-$*/bin/python -m pytest tests -m "not nightly" $(UNIT) $(WORKERS) $(ARGS)
 
-mutants: $(INSTALLED) ## set faults into the analysis: do the tests see them? (ARGS="--sample 300")
-	$(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray
-	$(VENV_PYTHON) -m tools.mutants $(ARGS)
 
 lint: $(INSTALLED) ## check style and format, the notebooks included
 	$(VENV_PYTHON) -m ruff check .

