@@ -27,6 +27,7 @@ LINES = {
     "utils/weights.py": 300,
     "utils/selection.py": 240,
     "utils/toy.py": 330,  # the analysis part ends here
+    "utils/power_law.py": 110,
     "utils/prompts.py": 275,
     "utils/ioi.py": 270,
     "utils/plotting.py": 375,
@@ -61,10 +62,11 @@ LINES = {
     "utils/models/folder.py": 130,
     "utils/models/hub.py": 110,
     "utils/models/download.py": 140,
-    "utils/**/*.py": 7700,
+    "utils/**/*.py": 7810,
     "project-1-induction-heads/*_exercises.py": 770,
     "project-1-induction-heads/induction_exercises_causal.py": 410,
-    "project-1-induction-heads/*_claims.py": 260,
+    "project-1-induction-heads/induction_claims.py": 260,
+    "project-1-induction-heads/census_claims.py": 245,
     "project-2-Indirect-Object-Identification/*_exercises.py": 1105,
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 710,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
@@ -73,7 +75,7 @@ LINES = {
     "tools/*.py": 2200,
     "tools/benchmark*.py": 760,
     "tests/*.py": 13300,
-    "tools/site.py": 185,
+    "tools/site.py": 186,
     "docs/conf.py": 85,
 }
 ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2630
