@@ -14,7 +14,7 @@ import yaml
 from utils.ledger.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
-COPIED += ["constraints.txt"]
+COPIED += ["requirements-census.txt", "constraints.txt"]
 SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
 # Answers as an interpreter of the given version; `-m venv` makes a .venv with itself in it; every
@@ -105,6 +105,7 @@ TEST = [*LINT, "pytest tests -m not nightly -n logical --maxprocesses 4 --dist w
         ("benchmark", ["tools.benchmark"], "--quick"),
         ("outputs", ["tools.notebooks outputs"], "induction"),
         ("study", ["tools.study"], "worst"),
+        ("census", ["census"], "--dry-run"),
         ("lint", LINT, ""),
     ],
 )
@@ -246,7 +247,7 @@ def test_constraints_pin_every_requirement():
         found = [re.match(r"[A-Za-z][\w.-]*", line) for line in lines]
         return {match[0].lower().replace("_", "-") for match in found if match}
 
-    files = ("requirements.txt", "requirements-dev.txt")
+    files = ("requirements.txt", "requirements-dev.txt", "requirements-census.txt")
     asked = set().union(*map(names, files))
     assert asked <= names("constraints.txt")
     pins = (ROOT / "constraints.txt").read_text().splitlines()
