@@ -26,11 +26,11 @@ SITES = {  # role: the stripe that tells it
 
 def work(task: Task) -> dict:
     """The figures of a task's row."""
+    torch.set_num_threads(task.cpus)  # so that a row does not depend on how many run at once
     if isinstance(task.setting, Toy):
         from census.training import train
 
         return train(task.setting)
-    torch.set_num_threads(task.cpus)
     return measure(load_model(task.setting.name))
 
 
