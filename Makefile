@@ -2,7 +2,7 @@
 # Only relative paths below, so that the folder's name may contain spaces.
 
 MODELS := requirements-models.txt
-REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt $(MODELS)
+REQUIREMENTS := requirements.txt requirements-dev.txt requirements-census.txt constraints.txt $(MODELS)
 ADMITTED := requirements-oldest.txt requirements-newest.txt
 
 VENV := .venv
@@ -20,7 +20,7 @@ WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 UNIT := $(addprefix --ignore=tests/test_,notebooks.py site.py browser.py jupyterlab.py drawings.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab notebooks test test-nightly test-oldest test-newest lint benchmark outputs study site gone
+.PHONY: help lab notebooks test test-nightly test-oldest test-newest lint benchmark outputs study census site gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -65,6 +65,9 @@ site: $(INSTALLED) ## build the site from what is committed: open build/site/ind
 
 study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (ARGS=worst: a part)
 	$(VENV_PYTHON) -m tools.study $(ARGS)
+
+census: $(INSTALLED) ## measure many toys or models, on Ray (ARGS=--dry-run: what it would cost)
+	$(VENV_PYTHON) -m census $(ARGS)
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(MODELS)"

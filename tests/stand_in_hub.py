@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.server
 import json
+import re
 import threading
 import time
 
@@ -54,20 +55,37 @@ def always(status, headers):
     return serving(lambda path: (status, headers, b""))
 
 
-def a_hub(folder, asked, spoil=lambda path, answered: answered):
+def a_hub(folder, asked, spoil=lambda path, answered: answered, revisions=None):
     """A hub: `folder` is each of its repositories, but "nobody" has none, and one is "gated".
 
-    `spoil` gets each path and the answer, and gives the answer to send.
+    `spoil` gets each path and the answer, and gives the answer to send. `revisions` are those that
+    repositories have beside: commit and folder, by repository and name.
     """
+    revisions = revisions or {}
+
+    def place(path):
+        """Commit and folder that a path is about; None for a revision that is not there."""
+        for (repo_id, revision), (commit, there) in revisions.items():
+            if repo_id in path and (f"/{revision}" in path or commit in path):
+                return commit, there
+        named = re.search(r"/(?:revision|resolve|tree)/(step\w+)", path)
+        return None if named else (COMMIT, folder)
 
     def answer(path):
         asked.append(path)
         path = path.split("?")[0].strip("/")
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
         if "nobody/" in path:
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
         if "gated/" in path:
             return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
+        if path.endswith("/refs"):
+            names = [name for repo_id, name in revisions if repo_id in path]
+            named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": COMMIT} for n in names]
+            return 200, {}, json.dumps({"branches": named, "converts": [], "tags": []}).encode()
+        if (at := place(path)) is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        commit, there = at
+        files = {file.name: file.read_bytes() for file in sorted(there.iterdir())}
         if "/tree/" in path:
             facts = {"type": "file", "oid": "0"}
             tree = [{"path": name, "size": len(files[name]), **facts} for name in files]
@@ -75,12 +93,12 @@ def a_hub(folder, asked, spoil=lambda path, answered: answered):
         if path.startswith("api/models/"):
             repo_id = "/".join(path.split("/")[2:4])
             siblings = [{"rfilename": name} for name in files]
-            info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+            info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
             return 200, {}, json.dumps(info).encode()
         content = files.get(path.rpartition("/")[2])
         if content is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        return 200, {"ETag": f'"{published(content)}"', **FROM_HUB}, content
+        return 200, {"ETag": f'"{published(content)}"', "X-Repo-Commit": commit}, content
 
     return serving(lambda path: spoil(path, answer(path)))
 

@@ -97,6 +97,7 @@ def rows(kit):
     alone = dict(**on, means=kit.on_abc)
     series, cells, title = {"a": rand(4)}, rand(3, 4), dict(title="t")
     words = dict(title="t", x_label="x", y_label="y")
+    grown = dict(factors={"a": 1 + rand(8)}, y=1 + rand(8))
     return {
         "LogitDiff": dict(answers=answers),
         "TokenLoss": dict(targets=answers),
@@ -229,6 +230,8 @@ def rows(kit):
             site="q",
             positions=end,
         ),
+        "power_law.fit_power_law": dict(**grown, seeds=torch.arange(8) % 2, n_draws=3, seed=0),
+        "power_law.held_out_share": dict(**grown, groups=torch.arange(8) // 2),
         "prompts.ordinary_tokens": dict(model=model),
         "prompts.repeated_tokens": dict(model=model, n_prompts=2, seq_len=5, n_repeats=2, seed=0),
         "prompts.induction_prompts": dict(model=model, n_prompts=2, seq_len=8, seed=0),
@@ -551,6 +554,8 @@ RIGHT = {
     ("LogitDiff", "answers"): {"too large"},  # no vocabulary is known
     ("TokenLoss", "targets"): {"too large"},
     ("ioi.fit_signal", "codes"): {"negative", "too large"},
+    ("power_law.fit_power_law", "seeds"): {"negative", "too large"},  # names of groups
+    ("power_law.held_out_share", "groups"): {"negative", "too large"},
     ("prompts.long_texts", "seed"): {"negative", "too large"},  # any number
     ("toy.sharpest_drop", "steps"): {"too large"},  # they still rise
     ("toy.share_formed", "steps"): {"too large"},

@@ -13,12 +13,17 @@ from utils.ledger.claims import Ledger
 from utils.ledger.results import ROOT, read_json
 from utils.metrics import Estimate
 
-PROJECTS = {
-    "project-1-induction-heads": "induction_claims",
-    "project-2-Indirect-Object-Identification": "ioi_claims",
+FILES = {
+    "induction_claims": "project-1-induction-heads",
+    "census_claims": "project-1-induction-heads",
+    "ioi_claims": "project-2-Indirect-Object-Identification",
 }
-OF = {project: importlib.import_module(name).CLAIMS for project, name in PROJECTS.items()}
-CLAIMS = {claim_id: claim for claims in OF.values() for claim_id, claim in claims.items()}
+IN_FILE = {name: importlib.import_module(name).CLAIMS for name in FILES}
+OF = {
+    project: {i: c for name in FILES if FILES[name] == project for i, c in IN_FILE[name].items()}
+    for project in FILES.values()
+}
+CLAIMS = {claim_id: claim for claims in IN_FILE.values() for claim_id, claim in claims.items()}
 
 
 def E(mean, stderr=0.1):
@@ -59,6 +64,16 @@ FIGURES = {
     "lm.zero_vs_mean": [(E(0.21),), (0, E(-0.1))],
     "lm.patching_kqv": [(E(0.21, 0.05), E(0.21)), (0, E(0.1, 0)), (0, E(0.05)), (1, E(-0.2))],
     "lm.k_composition": [(0.2, 0.19, LOW, HIGH), (1, 0.2), (2, NONE), (3, NONE)],
+    "census.one_layer": [(0.19, 3), (0, 0.2), (1, 2)],
+    "census.smeared": [(0.51, 3), (0, 0.5), (1, 2)],
+    "census.depth": [(0.51, 3), (0, 0.5), (1, 2)],
+    "census.window": [(E(0.96),), (0, E(0.7))],
+    "census.same_score": [(0.09,), (0, 0.1)],
+    "census.predicts": [(0.81, 10), (0, 0.8), (1, 9)],
+    "census.size_agnostic": [(E(0.0, 0.04),), (0, E(0.2)), (0, E(-0.2))],
+    "census.same_tokens": [(E(0.0),), (0, E(0.3)), (0, E(-0.3))],
+    "census.quadratic": [(E(2.0),), (0, E(1.4)), (0, E(2.6))],
+    "census.pythia": [(1.9, 3), (0, 2.0), (1, 2)],
     "ioi.logit_diff": [(E(1.21),), (0, E(0.9))],
     "ioi.accuracy": [(E(0.9, 0),), (0, E(0.89))],
     "ioi.probability": [(E(0.31),), (0, E(0.09))],
@@ -102,7 +117,7 @@ FIGURES = {
 
 IN_WORDS = {  # as a rule's text may say a number of its code
     **{"0": "zero|layer 0|some", "1": r"\b1\b|third", "2": "two|twice|half", "3": "three|third"},
-    **{"10": "tenth", "0.1": "tenth|0.1", "0.25": "quarter|0.25", "0.5": "half|0.5"},
+    **{"10": "tenth|ten ", "0.1": "tenth|0.1", "0.25": "quarter|0.25", "0.5": "half|0.5"},
 }
 
 
@@ -161,13 +176,13 @@ def test_without_a_figure_a_claim_does_not_hold(claim_id, tmp_path, monkeypatch)
             assert verdict(replaced(inside, i, missing)) == "does not hold"
 
 
-@pytest.mark.parametrize("project", OF)
-def test_words_and_code_state_the_same_numbers(project):
-    tree = ast.parse((ROOT / project / f"{PROJECTS[project]}.py").read_text())
+@pytest.mark.parametrize("name", FILES)
+def test_words_and_code_state_the_same_numbers(name):
+    tree = ast.parse((ROOT / FILES[name] / f"{name}.py").read_text())
     (table,) = (n.value for n in tree.body if isinstance(n, ast.AnnAssign))  # CLAIMS: ...
     for key, call in zip(table.keys, table.values, strict=True):
         (code,) = (k.value.body for k in call.keywords if k.arg == "holds")
-        rule = CLAIMS[key.value].rule
+        rule = IN_FILE[name][key.value].rule
         assert re.fullmatch(r"Measured: .*\. Holds when .*\.", rule)
         bound = rule.split("Holds when")[1]
         for number in numbers(code):
@@ -177,7 +192,7 @@ def test_words_and_code_state_the_same_numbers(project):
 
 
 def test_what_builds_on_the_behaviour_needs_it_and_what_is_needed_comes_first():
-    for claims in OF.values():
+    for claims in IN_FILE.values():
         ids = list(claims)
         assert all(set(claims[i].needs) <= set(ids[: ids.index(i)]) for i in ids)
 
@@ -210,7 +225,7 @@ def test_committed_verdicts_follow_from_the_committed_figures(project):
 def test_statements_name_no_head_and_every_claim_a_source():
     assert set(FIGURES) == set(CLAIMS)
     for claim_id, claim in CLAIMS.items():
-        assert claim.source and re.fullmatch(r"(toy|lm|ioi)\.[a-z0-9_]+", claim_id)
+        assert claim.source and re.fullmatch(r"(toy|lm|ioi|census)\.[a-z0-9_]+", claim_id)
         assert not re.search(r"\b(L\d+H\d+|\d{1,2}\.\d{1,2}\b(?= heads?))", claim.statement)
 
 

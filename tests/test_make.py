@@ -15,7 +15,7 @@ from packaging.version import Version
 from utils.ledger.results import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
-COPIED += ["constraints.txt"]
+COPIED += ["requirements-census.txt", "constraints.txt"]
 ADMITTED = ["requirements-oldest.txt", "requirements-newest.txt"]
 SCRIPTS = ["tools/make_venv.sh", "tools/chromium.sh"]
 
@@ -108,6 +108,7 @@ TEST = [*LINT, f"pytest tests -m not nightly {WORKERS}"]
         ("benchmark", ["tools.benchmark"], "--quick"),
         ("outputs", ["tools.notebooks outputs"], "induction"),
         ("study", ["tools.study"], "worst"),
+        ("census", ["census"], "--dry-run"),
         ("lint", LINT, ""),
     ],
 )
@@ -329,7 +330,7 @@ def test_constraints_pin_every_requirement():
         found = [re.match(r"[A-Za-z][\w.-]*", line) for line in lines]
         return {match[0].lower().replace("_", "-") for match in found if match}
 
-    files = ("requirements.txt", "requirements-dev.txt")
+    files = ("requirements.txt", "requirements-dev.txt", "requirements-census.txt")
     asked = set().union(*map(names, files))
     assert asked <= names("constraints.txt")
     pins = (ROOT / "constraints.txt").read_text().splitlines()

@@ -8,5 +8,5 @@ python3 -m venv "$venv"
 # The look of random letters is no sign here: hashes and pictures have it.
 git ls-files -z | xargs -0 "$venv/bin/detect-secrets-hook" \
     --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString
-"$venv/bin/bandit" -q -c pyproject.toml -r utils tools project-1-* project-2-*
+"$venv/bin/bandit" -q -c pyproject.toml -r utils census tools project-1-* project-2-*
 "$venv/bin/pip-audit" --no-deps --disable-pip -r constraints.txt

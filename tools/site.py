@@ -147,8 +147,9 @@ def results() -> str:
     parts = []
     for folder in sorted(ROOT.glob("project-*")):
         title = (folder / "README.md").read_text("utf-8").partition("\n")[0]
-        (module,) = folder.glob("*_claims.py")
-        claims = import_module(module.stem).CLAIMS
+        claims = {}
+        for module in folder.glob("*_claims.py"):
+            claims |= import_module(module.stem).CLAIMS
         parts.append(below_title(title))
         for path in sorted(folder.glob("results/*.json")):
             if path.name != SEEDS_FILE:

@@ -42,16 +42,17 @@ from huggingface_hub import errors, snapshot_download
 print(flush=True)  # from here on it is the hub that takes its time
 try:
     snapshot_download(**json.loads(sys.argv[1]))
-except errors.RepositoryNotFoundError:
+except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
     sys.exit({ABSENT})
 except Exception as error:
     sys.exit(f"{{type(error).__name__}}: {{error}}".splitlines()[0])
 """
 
 
-def asked(repo_id: str) -> dict:
-    """What is wanted of a repository: its commit, if that is pinned, and which files."""
-    return {"repo_id": repo_id, "revision": PINNED.get(repo_id, (None,))[0], **WANTED}
+def asked(name: str) -> dict:
+    """What is wanted of "owner/name" or "owner/name@revision": the commit, if pinned, and files."""
+    repo_id, _, revision = name.partition("@")
+    return {"repo_id": repo_id, "revision": revision or PINNED.get(repo_id, (None,))[0], **WANTED}
 
 
 def download(repo_id: str, patience: float) -> str:
@@ -60,7 +61,8 @@ def download(repo_id: str, patience: float) -> str:
     It is ended when for `patience` seconds no file is finished and less than 20 kB a second
     arrive. ValueError: no such model, or not open to this user.
     """
-    storage = Path(constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}")
+    owned = repo_id.partition("@")[0].replace("/", "--")
+    storage = Path(constants.HF_HUB_CACHE, f"models--{owned}")
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if token := huggingface_hub.get_token():  # Colab gives it to this process alone
         environment["HF_TOKEN"] = token
@@ -91,8 +93,8 @@ def download(repo_id: str, patience: float) -> str:
         last = [x for x in said.read().splitlines() if x and not x.startswith("Retrying")][-1:]
     if status == ABSENT:
         raise ValueError(
-            f"name={repo_id!r}: no such folder here, and no such model on the hub, or it is "
-            "private or its licence must be accepted on its page there (then set HF_TOKEN)"
+            f"name={repo_id!r}: no such folder here, and no such model or revision on the hub, or "
+            "it is private or its licence must be accepted on its page there (then set HF_TOKEN)"
         )
     failure = [f"no progress for {patience:.0f} s"] if status is None else []
     return "" if status == 0 else "; ".join([*failure, *last])[:300]

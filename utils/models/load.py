@@ -17,6 +17,7 @@ from utils.models.offline import GGUF_IS, GGUF_SHA256, load_smollm2
 
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 DEFAULT_PATIENCE = 5  # seconds that a download of nobody's choice may stand still
 
 
@@ -33,10 +34,11 @@ def load_model(
 ) -> TransformerBridge:
     """Load a model in compatibility mode: float32, eval, on the GPU if there is one.
 
-    `name`: "gpt2-small", "smollm2-135m", a hub id "owner/name", or a local folder in Hugging Face
-    format. None: the environment variable MECH_INTERP_MODEL, else GPT-2 small, else (hub out of
-    reach) SmolLM2-135M-Instruct. Prints one line: which model, and where its weights came from.
-    ValueError: unknown name, device or architecture, no model there, weights pickled or not finite.
+    `name`: "gpt2-small", "smollm2-135m", a hub id "owner/name" or "owner/name@revision", or a local
+    folder in Hugging Face format. None: the environment variable MECH_INTERP_MODEL, else GPT-2
+    small, else (hub out of reach) SmolLM2-135M-Instruct. Prints one line: which model, and where
+    its weights came from. ValueError: unknown name, device or architecture, no model or revision
+    there, weights pickled or not finite.
     ConnectionError: needs the hub, which does not answer.
     """
     device = _checked_device(device)
@@ -82,7 +84,7 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     if (folder := Path(name).expanduser()).is_dir():
         weights, label = read_folder(folder), _label(folder.resolve().name)
         return weights, Origin(label, f"local folder {folder}", folder_sha256(folder))
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if HUB_ID.fullmatch(name):
         return _load_hub(name, _label(name))
     raise ValueError(
         f"name={name!r} is no model: wanted 'gpt2-small', 'smollm2-135m', a hub id 'owner/name', "
