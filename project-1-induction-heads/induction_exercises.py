@@ -29,7 +29,6 @@ from induction_exercises_causal import (
     repeats,
     tiny_model,
 )
-from induction_exercises_census import fit_exponent
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
@@ -39,11 +38,10 @@ from utils import heads, metrics, prompts, toy, weights
 from utils.edits import record
 from utils.exercises.learner import Watched
 
-__all__ = [  # those that edit runs, and the census's
+__all__ = [  # those that edit runs
     "ablate_head",
     "ablation_experiment",
     "cut_inputs",
-    "fit_exponent",
     "normalised_effect",
     "patch_every_head",
     "patch_head_input",
