@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from utils.diagram import LOWERS, RAISES, circuit_diagram
+from utils.diagram import LOWERS, PAGE, RAISES, circuit_diagram
 from utils.heads import Head
 
 ROLES = {
@@ -54,14 +54,18 @@ def test_every_head_stands_in_its_box_and_empty_roles_are_left_out():
 def test_boxes_stand_by_level_inside_the_page_and_apart_with_room_for_their_text(change):
     fig, boxes, _, _ = drawn(**change)
     levels = (CALL | change)["levels"] | {"logits": 9}
-    for (a, left), (b, right) in itertools.combinations(boxes.items(), 2):
-        assert left.x1 < right.x0 if levels[a] == levels[b] else left.y1 < right.y0
+    for (a, one), (b, other) in itertools.combinations(boxes.items(), 2):
+        beside = one.x1 < other.x0 or other.x1 < one.x0
+        below = one.y1 < other.y0 if levels[a] <= levels[b] else other.y1 < one.y0
+        assert below or (beside and levels[a] == levels[b])
+    assert fig.layout.width is None and fig.layout.xaxis.range[1] == PAGE  # it fits a phone
     for box in boxes.values():
-        assert 0 <= box.x0 < box.x1 <= fig.layout.width == fig.layout.xaxis.range[1]
+        assert sum(other.y0 == box.y0 for other in boxes.values()) <= 3
+        assert 0 <= box.x0 < box.x1 <= PAGE
         assert 0 <= box.y0 < box.y1 <= fig.layout.yaxis.range[1]
         rows = re.sub("</?b>", "", box.label.text).split("<br>")
-        assert max(map(len, rows)) * 7 < box.x1 - box.x0 and len(rows) * 18 < box.y1 - box.y0
-    # a unit is a pixel, so that text fits its box
+        assert max(map(len, rows)) * 6.5 < box.x1 - box.x0 and len(rows) * 16 < box.y1 - box.y0
+    # a unit is a pixel, or more: text fits its box
     assert fig.layout.height - fig.layout.margin.t == pytest.approx(fig.layout.yaxis.range[1])
 
 
@@ -97,7 +101,25 @@ def test_labels_of_parallel_arrows_stand_apart(receiver):
     labels = drawn(edges=edges)[-1]
     assert len(labels) == 3
     for a, b in itertools.combinations(labels, 2):
-        assert abs(a.x - b.x) > 60 or abs(a.y - b.y) > 16
+        assert abs(a.x - b.x) > 48 or abs(a.y - b.y) > 15
+
+
+def test_arrows_to_the_logits_end_apart_and_the_key_says_what_they_mean():
+    fig, boxes, arrows, _ = drawn()
+    ends = sorted(arrow.x[-1] for arrow in arrows if arrow.y[-1] == boxes["logits"].y0)
+    assert len(ends) == 2 and ends[1] - ends[0] > 90
+    key = fig.layout.title.subtitle.text
+    assert "queries, keys, values" in key and "share of the logit difference lost" in key
+    assert "queries" not in drawn(**SHORT)[0].layout.title.subtitle.text
+
+
+def test_a_row_is_ordered_so_that_arrows_cross_as_little_as_they_can():
+    roles = {name: [Head(i, 0)] for i, name in enumerate("abcdef")}
+    levels = dict(zip(roles, [0, 0, 0, 1, 1, 1], strict=True))
+    edges = [("a", "f", 1.0), ("b", "e", 1.0), ("c", "d", 1.0)]
+    _, _, arrows, _ = drawn(roles=roles, levels=levels, edges=edges)
+    for one, other in itertools.combinations(arrows, 2):
+        assert (one.x[0] - other.x[0]) * (one.x[1] - other.x[1]) > 0
 
 
 @pytest.mark.parametrize(

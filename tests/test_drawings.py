@@ -30,7 +30,8 @@ def test_a_drawing_holds_its_words_inside_its_page_and_says_what_it_shows(name, 
         assert step.text in texts and step.text in root.find("{*}desc").text
     _, _, width, height = map(float, root.get("viewBox").split())
     for part in root:
-        assert 0 <= float(part.get("x", 0)) <= width and 0 <= float(part.get("y", 0)) <= height
+        x, y = float(part.get("x", 0)), float(part.get("y", 0))
+        assert 0 <= x <= x + float(part.get("width", 0)) <= width and 0 <= y <= height
 
 
 @pytest.mark.parametrize("look", [drawings.LIGHT, drawings.DARK])

@@ -4,11 +4,12 @@ from io import BytesIO
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tools import moving_picture
 from tools.moving_picture import FILES, FRAME, LAST, Snapshot, animate, draw, watch_training
 from utils.ledger.results import ROOT
+from utils.look import COLOURS
 
 
 def test_training_is_watched_at_its_steps_and_comes_out_the_same_again():
@@ -22,8 +23,12 @@ def test_training_is_watched_at_its_steps_and_comes_out_the_same_again():
 @pytest.mark.parametrize("dark", FILES)
 def test_more_attention_is_further_from_the_page(dark):
     n = 47
+    light = [ImageColor.getrgb(colour) for colour in COLOURS[:2]]
+    colours = map(ImageColor.getrgb, moving_picture.ON_DARK) if dark else light
     shots = [Snapshot(step, torch.eye(n) * share, (4.0, 3.0)) for step, share in ((0, 0), (9, 1))]
     frames = draw(shots, dark)
+    assert frames[0].getpixel((879, 4))[3] == 0  # the page shows through, whatever its colour
+    assert len({c for _, c in frames[1].convert("RGB").getcolors(999)} & {*colours}) == 2
     middle = moving_picture.MAP[0] + 4, moving_picture.MAP[1] + 4  # of the first cell
     page, seen = (frame.convert("L").getpixel(middle) for frame in frames)
     assert abs(seen - page) > 100 and (seen > page) == dark

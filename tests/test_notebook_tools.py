@@ -10,6 +10,7 @@ import types
 from io import BytesIO
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -22,6 +23,7 @@ from tools import (
     notebook_run,
     notebooks,
     pages,
+    pictures,
 )
 from tools.results import markdown_table
 from utils import plotting
@@ -188,6 +190,35 @@ def test_outputs_of_a_bad_run_are_not_written(project, monkeypatch, capsys, cell
     assert path.read_bytes() == before and not (project / "results").exists()
 
 
+def test_flat_areas_of_a_stored_picture_keep_their_colours_and_edges_share_a_few():
+    palest = [(239, 246, 253), (238, 245, 252), (253, 247, 244), (248, 248, 248)]
+    picture = Image.new("RGB", (400, 200), "white")
+    for i, colour in enumerate(palest):
+        picture.paste(colour, (100 * i, 0, 100 * i + 50, 150))
+    for i in range(200):  # a line of another colour in each pixel
+        picture.putpixel((i, 180), (i, i // 2, 3))
+    light = pictures.with_palette(picture)
+    assert [light.convert("RGB").getpixel((100 * i + 9, 9)) for i in range(4)] == palest
+    assert light.convert("RGB").getpixel((399, 0)) == (255, 255, 255)
+    assert len(light.getcolors()) <= len(palest) + 1 + pictures.EDGES
+    many = Image.merge("RGB", [Image.linear_gradient("L"), *Image.radial_gradient("L").split() * 2])
+    many = pictures.with_palette(many.resize((768, 768), Image.Resampling.NEAREST))
+    assert len(many.getcolors()) <= 256
+
+
+def test_numbers_of_a_stored_figure_are_in_single_precision():
+    figure = plotting.lines(
+        range(6), {"a": [i / 3 for i in range(6)]}, title="T", x_label="x", y_label="y"
+    )
+    figure.add_scatter(x=[*range(6)], y=[None] * 6, text=["w"] * 6)
+    stored = json.loads(figure.to_json())
+    pictures.lighten_numbers(stored)
+    line, other = stored["data"]
+    assert line["y"]["dtype"] == other["x"]["dtype"] == "f4" and other["y"] == [None] * 6
+    got = np.frombuffer(base64.b64decode(line["y"]["bdata"]), "f4")
+    assert got == pytest.approx([i / 3 for i in range(6)], abs=1e-6)
+
+
 def test_a_stored_picture_is_light_and_in_words():
     gradient = Image.linear_gradient("L").resize((400, 400)).convert("RGB")
     file = BytesIO()
@@ -201,7 +232,7 @@ def test_a_stored_picture_is_light_and_in_words():
     shown = {"width": 200, "height": 200, "alt": "T. y against x. a, b"}
     assert output.metadata["image/png"] == shown
     with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
-        assert len(picture.getcolors()) <= 128
+        assert len(picture.getcolors()) <= 256
         assert picture.size == (400, 400)
     page = pages.to_html(notebook, "page")
     assert 'alt="T. y against x. a, b"' in page

@@ -121,14 +121,14 @@ def test_bars_single_and_grouped_and_of_samples():
 
 def test_scatter_labels_the_farthest_points_and_names_heads():
     fig = plotting.scatter(X, Y, names="abcd", label_top=1, diagonal=True, **AXES)
-    points, diagonal = fig.data
+    points, labels, diagonal = fig.data
     assert list(diagonal.x) == list(diagonal.y) == [0, 5]
-    assert list(points.text) == ["", "", "", "d"]
+    assert (list(labels.text), list(labels.x), list(labels.y)) == (["d"], [5], [4])
     assert list(points.hovertext) == ["a", "b", "c", "d"]
     assert titles(fig) == ["t", "p", "q"]
-    (points,) = plotting.scatter(X.view(2, 2), Y.view(2, 2), label_top=1, **AXES).data
+    points, labels = plotting.scatter(X.view(2, 2), Y.view(2, 2), label_top=1, **AXES).data
     assert list(points.hovertext) == ["L0H0", "L0H1", "L1H0", "L1H1"]
-    assert list(points.text) == ["", "", "", "L1H1"]
+    assert list(labels.text) == ["L1H1"]
     assert np.allclose(points.x, X) and np.allclose(points.y, Y)
 
 
@@ -140,7 +140,8 @@ def test_attention_is_light_and_with_a_picture_only_when_static(monkeypatch, sta
     monkeypatch.setenv("MECH_INTERP_STATIC", static)
     plotting.attention(["<s>", " a"], PATTERN, names=["L5H5"])
     (html,) = shown
-    assert "0.457" in html and "0.4567" not in html and "L5H5" in html
+    assert "0.457" in html and "0.4567" not in html
+    assert 'role="img" aria-label="Attention of L5H5"' in html
     if static == "1":
         assert len(html) < 5_000
         assert np.allclose(pictures[0].data[0].z, PATTERN[0])
@@ -154,7 +155,8 @@ def test_colours_stand_out_and_dashes_and_hatching_tell_lines_and_bars_apart():
     fig = plotting.lines([0, 1], heads, **LINES)
     by_layer = [{t.line.color for t in fig.data if t.name.startswith(f"L{i}")} for i in range(2)]
     assert [len(colours) for colours in by_layer] == [1, 1] and by_layer[0] != by_layer[1]
-    assert len({(t.line.color, t.line.dash) for t in fig.data}) == 8
+    heads = [t for t in fig.data if t.name in heads]
+    assert len({(t.line.color, t.line.dash) for t in heads}) == 8
     bars = plotting.bars(["a"], {"one": [1], "two": [2]}, **BARS).data
     assert bars[0].marker.pattern.shape != bars[1].marker.pattern.shape
 
@@ -172,14 +174,68 @@ def test_few_points_are_marked_a_window_shaded_and_an_axis_may_be_logarithmic():
     assert few.layout.annotations[0].x == pytest.approx(math.log10(2))
 
 
-def test_titles_and_names_fit_a_phone():
-    title = "What each head writes, before and after the name movers are knocked out"
-    fig = plotting.scatter(X, Y, **AXES | dict(title=title))
+def test_titles_break_at_the_width_of_a_page_and_take_the_room_of_their_lines():
+    title = "What each head writes, before and after the name movers are all knocked out at once"
+    fig, short = (plotting.scatter(X, Y, **AXES | dict(title=t)) for t in (title, title[:60]))
     rows = fig.layout.title.text.split("<br>")
-    assert " ".join(rows) == title and max(map(len, rows)) <= look.TITLE_WIDTH
-    assert fig.layout.margin.t > plotting.scatter(X, Y, **AXES).layout.margin.t
+    assert " ".join(rows) == title and max(map(len, rows)) <= look.TITLE_WIDTH and len(rows) == 2
+    assert "<br>" not in short.layout.title.text
+    assert fig.layout.margin.t - short.layout.margin.t == 22
+    noted = plotting.bars(["a"], [1], [0.1], **BARS)  # with a line under the title
+    assert noted.layout.margin.t - plotting.bars(["a"], [1], **BARS).layout.margin.t == 18
+
+
+def test_names_of_bars_and_axes_are_no_longer_than_their_place():
     fig = plotting.bars(["negative_name_mover", "s_inhibition"], [1, 2], **BARS)
     assert list(fig.data[0].x) == ["negative name<br>mover", "S-inhibition"]
+    long = "attention to labels of the same kind, beyond the rest"
+    for fig, most in (
+        (plotting.scatter(X, Y, **AXES | dict(y_label=long)), 45),
+        (
+            plotting.panels(
+                [0, 1], {long: {"a": [0, 1]}, "b": {"a": [0, 1]}}, title="t", x_label="x"
+            ),
+            30,
+        ),
+    ):
+        rows = fig.layout.yaxis.title.text.split("<br>")
+        assert " ".join(rows) == long and max(map(len, rows)) <= most
+
+
+def test_lines_of_heads_are_named_at_their_ends_and_a_layer_once_in_the_legend():
+    ends = dict(
+        zip([f"L{i}H{j}" for i in (0, 1) for j in range(4)], [0] * 4 + [9, 9, 9, 7], strict=True)
+    )
+    panels = {"loss": {"first copy": [4, 4]}, "score": {name: [0, y] for name, y in ends.items()}}
+    fig = plotting.panels([0, 1], panels, title="t", x_label="step")
+    shown = [t.name for t in fig.data if t.showlegend is not False]
+    assert shown == ["first copy", "layer 0", "layer 1"]
+    assert [a.text for a in fig.layout.annotations] == ["L0H0–3", "L1H3", "L1H0–2"]
+    assert look.end_labels({"L0H0": 1.0, "L1H1": 1.0, "L1H3": 1.01}, 10) == [
+        (1.0, "L0H0"),
+        (2.0, "L1H1,3"),
+    ]
+
+
+def test_a_name_has_one_look_in_every_figure():
+    names = ["first copy", "second copy", "in-context-learning score"]
+    heads = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    looks = look.line_looks([*names, *heads])
+    for some in (names[:2], [*names, *heads[:4]], [*names[:2], *heads]):
+        assert look.line_looks(some) == {name: looks[name] for name in some}
+    names = [f"{kind}, {heads}" for heads in ("induction", "control") for kind in ("zero", "mean")]
+    (a, b, c, d) = look.line_looks(names).values()
+    assert a[0] == c[0] != b[0] == d[0] and a[1] == b[1] != c[1] == d[1]
+
+
+def test_maps_of_many_layers_are_low_and_every_fifth_is_labelled():
+    maps = {"keys": torch.rand(30, 3), "values": torch.rand(30, 3)}
+    fig = plotting.head_heatmap(maps, title="t", diverging=True)
+    assert fig.layout.height < 560 and fig.layout.yaxis.dtick == 5
+    assert fig.layout.xaxis2.domain[1] == pytest.approx(
+        0.6
+    )  # cells are not 20 times as wide as high
+    assert fig.layout.coloraxis.colorbar.x < 0.7
 
 
 def test_long_head_maps_name_their_largest_cells():
@@ -187,7 +243,7 @@ def test_long_head_maps_name_their_largest_cells():
     effects[3, 4], effects[9, 6], effects[7, 1] = 0.5, -2.0, 1.0
     fig = plotting.head_heatmap(effects, title="t", diverging=True)
     text = fig.layout.title.subtitle.text.replace("<br>", " ")
-    assert text == "score: red above 0, blue below; largest: L9H6, L7H1, L3H4"
+    assert text == "score: red above 0, blue below, full at ±2; largest: L9H6, L7H1, L3H4"
     fig = plotting.head_heatmap({"q": effects, "k": effects.flip(0)}, title="t")
     assert "largest: L9H6, L2H6" in fig.layout.title.subtitle.text
 
@@ -196,8 +252,7 @@ def test_labels_of_a_scatter_never_meet():
     x = torch.tensor([0.0, 10.0, 10.01, 10.02, 10.0, 10.0])
     y = torch.tensor([0.0, 10.0, 10.0, 10.0, 10.0, 10.0])
     fig = plotting.scatter(x, y, names=[f"L17H{i}" for i in range(6)], label_top=6, **AXES)
-    placed = zip(fig.data[0].textposition, fig.data[0].text, strict=True)
-    sides = [side for side, text in placed if text][1:]  # the first point stands elsewhere
+    sides = fig.data[1].textposition[1:]  # the first point stands elsewhere
     assert len({*sides}) == len(sides) >= 2
 
 

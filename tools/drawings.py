@@ -72,7 +72,8 @@ def svg(circuit: Circuit, dark: bool = False) -> str:
     look = DARK if dark else LIGHT
     colours = {name: ON_DARK[name] if dark else FAMILIES[name].colour for name in ON_DARK}
     n, floor = len(circuit.steps), 100 + ROW * len(circuit.steps)  # top of the words
-    gap = (WIDTH - 120) / (len(circuit.words) - 1)
+    widest = max(_width(circuit.words[-1][0]), _width(circuit.answer))
+    gap = (WIDTH - 84 - widest / 2) / (len(circuit.words) - 1)  # the last word and a margin fit
     columns = [76 + gap * i for i in range(len(circuit.words))]
     height = floor + 92 + LINE * n
     parts = [f'<rect width="{WIDTH}" height="{height}" fill="{look["page"]}"/>']
@@ -135,9 +136,13 @@ def _text(x: float, y: float, text: str, colour: str, size: int, anchor: str = "
 def _word(x: float, top: float, word: str, look: dict[str, str]) -> str:
     if word == "…":
         return _text(x, top + 26, word, look["faint"], 22)
-    width = 24 + 12 * len(word)
+    width = _width(word)
     box = f'<rect x="{x - width / 2:g}" y="{top}" width="{width}" height="38" rx="6" '
     return f'{box}fill="{look["box"]}"/>' + _text(x, top + 26, word, look["ink"], 20)
+
+
+def _width(word: str) -> int:
+    return 24 + 12 * len(word)
 
 
 def _disc(x: float, y: float, number: int, colour: str, look: dict[str, str]) -> list[str]:

@@ -9,11 +9,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from tools.pictures import with_palette
 from utils.heads import attention_patterns, prefix_matching_score, score_heads
 from utils.ledger.results import ROOT, write_file
+from utils.look import COLOURS
 from utils.metrics import half_losses, per_token_loss
 from utils.prompts import repeated_tokens
 from utils.toy import HELD_OUT, HELD_OUT_SEED, LONGEST, build_toy, toy_batch
@@ -24,6 +27,7 @@ FRAME, LAST = 110, 3000  # milliseconds
 SIZE, CELL = (880, 460), 8  # pixels: the picture, a cell of the map
 MAP, PLOT = (46, 50), (520, 50, 856, 426)  # left top of the map; left, top, right, bottom
 HIGHEST = 5.0  # nats, the top of the plot
+ON_DARK = ["#58aef0", "#ff9a4d"]  # the first colours of figures, on a dark page
 FILES = {False: "training.webp", True: "training_dark.webp"}
 
 
@@ -58,12 +62,17 @@ def watch_training(n_steps: int = STEPS, every: int = EVERY) -> list[Snapshot]:
 
 
 def draw(shots: Sequence[Snapshot], dark: bool = False) -> list[Image.Image]:
-    """A frame for each snapshot: the map on the left, both losses up to its step on the right."""
+    """A frame for each snapshot: the map on the left, both losses up to its step on the right.
+
+    The page is transparent: dark pages differ.
+    """
     page, ink, faint = ("#0d1117", "#e6edf3", "#9198a1") if dark else ("#fff", "#1f2328", "#656d76")
-    full, line = ("#79c0ff", "#4fc3d0") if dark else ("#08306b", "#0e7c86")
-    large, small = ImageFont.load_default(28), ImageFont.load_default(22)
+    full, copies = ("#79c0ff", ON_DARK) if dark else ("#08306b", COLOURS[:2])
+    large, small = ImageFont.load_default(28), ImageFont.load_default(20)
     left, top, right, bottom = PLOT
     last = max(shots[-1].step, 1)
+    side = CELL * len(shots[0].pattern)
+    half = CELL * (len(shots[0].pattern) + 1) // 2  # the start token is before the first copy
 
     def at(step: float, loss: float) -> tuple[float, float]:
         share = min(loss, HIGHEST) / HIGHEST
@@ -73,27 +82,44 @@ def draw(shots: Sequence[Snapshot], dark: bool = False) -> list[Image.Image]:
     for i, shot in enumerate(shots):
         frame = Image.new("RGB", SIZE, page)
         pen = ImageDraw.Draw(frame)
-        shown = Image.fromarray((shot.pattern.clamp(0, 1) * 255).byte().numpy())
-        side = CELL * len(shot.pattern)
+        seen = shot.pattern.clamp(0, 1) ** (
+            0.6 if dark else 1
+        )  # faint light is lost on a dark page
+        shown = Image.fromarray((seen * 255).byte().numpy())
         shown = shown.resize((side, side), Image.Resampling.NEAREST)
         frame.paste(Image.new("RGB", shown.size, full), MAP, shown)
         pen.rectangle([MAP[0] - 1, MAP[1] - 1, MAP[0] + side, MAP[1] + side], outline=faint)
+        pen.line([MAP[0] + half, MAP[1], MAP[0] + half, MAP[1] + side], faint)
+        pen.line([MAP[0], MAP[1] + half, MAP[0] + side, MAP[1] + half], faint)
         pen.text((MAP[0], 8), "where one head looks", ink, large)
-        pen.text((MAP[0], MAP[1] + side + 6), "position it looks at", faint, small)
-        pen.text((left, 8), "loss on the repeated half", ink, large)
+        for middle, copy in ((half / 2, "first copy"), ((half + side) / 2, "second copy")):
+            below = (MAP[0] + middle, MAP[1] + side + 6)
+            pen.text(below, f"to {copy}", faint, small, anchor="mt")
+            beside = Image.new("L", (side // 2, 28))
+            where = (beside.width / 2, 14)
+            ImageDraw.Draw(beside).text(where, f"from {copy}", 255, small, anchor="mm")
+            upright = beside.rotate(90, expand=True)
+            corner = (MAP[0] - 34, int(MAP[1] + middle - upright.height / 2))
+            frame.paste(Image.new("RGB", upright.size, faint), corner, upright)
+        pen.text((left, 8), "loss on both copies (nats)", ink, large)
         pen.line([left, top, left, bottom, right, bottom], faint)
         for loss in range(int(HIGHEST) + 1):
             pen.text((left - 10, at(0, loss)[1]), str(loss), faint, small, anchor="rm")
         pen.text((left, bottom + 6), f"step {shot.step} of training", ink, small)
-        pen.text(
-            (right, at(0, shots[-1].losses[0])[1] + 8), "first half", faint, small, anchor="rt"
-        )
-        for half, colour, width in ((0, faint, 2), (1, line, 5)):
-            points = [at(s.step, s.losses[half]) for s in shots[: i + 1]]
-            pen.line(points, colour, width, joint="curve")
+        for copy, name in enumerate(("first copy", "second copy")):
+            points = [at(s.step, s.losses[copy]) for s in shots[: i + 1]]
+            pen.line(points, copies[copy], 4, joint="curve")
             x, y = points[-1]
-            pen.ellipse([x - width, y - width, x + width, y + width], fill=colour)
-        frames.append(frame.quantize(64, dither=Image.Dither.NONE).convert("RGB"))
+            pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=copies[copy])
+            above = copy == 0 or y > bottom - 40  # each name at the end of its line, off the other
+            side_of_end = "r" if x > (left + right) / 2 else "l"
+            anchor = side_of_end + ("b" if above else "t")
+            off = 10 if not above else -10 if copy == 0 else -30
+            pen.text((x, y + off), name, copies[copy], small, anchor=anchor)
+        frame = with_palette(frame).convert("RGBA")
+        clear = (np.asarray(frame)[..., :3] == ImageColor.getrgb(page)).all(-1)
+        frame.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+        frames.append(frame)
     return frames
 
 

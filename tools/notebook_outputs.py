@@ -19,15 +19,13 @@ from PIL import Image
 
 from tools import notebook_run
 from tools.notebook_exercises import mark_checks
+from tools.pictures import lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
 from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"
 MAX_BYTES = 2 * 2**20
-# Colours of a stored picture: a quarter of the bytes. This method and k-means keep rare colours,
-# such as those of a few dark cells, and the white of the page; the default does not.
-PALETTE = dict(colors=24, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE_TAG = "readme-figure:"
 # Pictures beside the interactive form, and light attention views: what GitHub can show.
@@ -122,6 +120,8 @@ def clean(notebook: NotebookNode) -> None:
             data = output.get("data", {})
             if "text/html" in data:
                 data["text/html"] = _fixed_names(data["text/html"], cell.id)
+            if PLOTLY in data:
+                lighten_numbers(data[PLOTLY])
             if "image/png" in data:
                 _lighten(output)
 
@@ -137,9 +137,7 @@ def _lighten(output: NotebookNode) -> None:
     """Give a picture a palette, the size at which it is shown (half its pixels), and its words."""
     with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
         width, height = picture.size
-        small, file = picture.convert("RGB").quantize(**PALETTE), BytesIO()
-    small.save(file, "PNG", optimize=True)
-    output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+        output.data["image/png"] = base64.b64encode(png(with_palette(picture))).decode()
     shown = {"width": width // 2, "height": height // 2, "alt": alt_text(output.data.get(PLOTLY))}
     output.metadata["image/png"] = shown
 

@@ -1,9 +1,11 @@
 """Diagram of a circuit: roles as boxes with their heads inside, arrows by size of effect.
 
-Boxes stand in rows by level. An arrow that skips a row gets a place of its own there, a box without
-width: so it never crosses a box, for each stretch of it lies between two rows or in its place.
+Boxes stand in rows by level, at most three in one. An arrow that skips a row gets a place of its
+own there, a box without width: so it never crosses a box, for each stretch of it lies between two
+rows or in its place. Boxes are as wide as their text needs on a phone, and stretch with the page.
 """
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +13,13 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from utils.look import PNG_WIDTH, escaped, role_in_words
+from utils.look import escaped, role_in_words, titled
 from utils.typed import checked
 
 LOGITS, INK = "logits", "#222222"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
-GAP, ROW_GAP, LINE, LETTER = 30, 84, 18, 7.6  # pixels: between boxes, rows; of a line, a letter
+PAGE, BESIDE = 350, 3  # pixels across a phone, boxes in a row
+GAP, ROW_GAP, LINE, LETTER = 14, 76, 16, 7  # pixels: between boxes, rows; of a line, a letter
 
 Roles = Mapping[str, Sequence[object]]
 Path = list[tuple[float, float]]
@@ -69,8 +72,9 @@ def circuit_diagram(
     `roles`: name to heads (printed with `str`); a role without heads is left out with its arrows.
     `edges`: (sender, receiver, effect) or (sender, receiver, effect, via) as "q", "k" or "v"; the
     receiver may be "logits", the box at the top. Red arrows have a positive effect, blue ones a
-    negative one. `levels`: role to row, 0 the lowest; roles of a level stand side by side. A box
-    has the colour of its family, which a key under the title names.
+    negative one. `levels`: role to row, 0 the lowest; roles of a level stand side by side, or in
+    two rows if there are many. A box has the colour of its family, which a key under the title
+    names.
     ValueError: no role with heads, a role without a level, an arrow from or to no role, or one that
     does not go up.
     """
@@ -80,7 +84,7 @@ def circuit_diagram(
     rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[LOGITS].row + 1)]
     height = _place(rows)
     chains = [_chain(boxes[sender], boxes[receiver], rows) for sender, receiver, *_ in edges]
-    _place([sorted(row, key=lambda box: box.x) for row in rows])
+    _untangle(rows, chains)
 
     fig = go.Figure()
     _draw_arrows(fig, edges, chains)
@@ -88,13 +92,15 @@ def circuit_diagram(
         colour = next((f.colour for f in FAMILIES.values() if name in f.roles), INK)
         corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
         look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
-        fig.add_shape(type="rect", label_text=box.text, **corners, **look)
-    # a pixel is a unit: boxes fit their text, which does not stretch
-    fig.update_xaxes(visible=False, range=[0, PNG_WIDTH], fixedrange=True)
+        label = dict(text=box.text, font_size=11)
+        fig.add_shape(type="rect", label=label, **corners, **look)
+    # on a phone a pixel is a unit: boxes fit their text, which does not stretch
+    fig.update_xaxes(visible=False, range=[0, PAGE], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)
-    size = dict(width=PNG_WIDTH, height=height + 100, margin=dict(l=0, r=0, b=0, t=100))
-    title = dict(text=escaped(title), subtitle_text=_key(boxes, edges))
-    return fig.update_layout(title=title, showlegend=False, **size)
+    fig.update_layout(showlegend=False, margin=dict(l=0, r=0, b=0))
+    key = _key(boxes, edges)
+    titled(fig, title, "", 18 * len(key), height=height + 82)
+    return fig.update_layout(title_subtitle_text="<br>".join(key))
 
 
 def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> None:
@@ -114,27 +120,32 @@ def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> N
 
 
 def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
-    """Boxes from the lowest row to the logits, with text wrapped so that a row fits the page."""
-    used = sorted({levels[name] for name in roles})
-    boxes = {}
-    for name in sorted(roles, key=levels.get):
-        beside = sum(levels[other] == levels[name] for other in roles)
-        room = max(8, int(((PNG_WIDTH - GAP) / beside - 2 * GAP) / LETTER))  # letters in a line
-        header = textwrap.wrap(role_in_words(name), room)
-        heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 40))
-        marked = [*(f"<b>{escaped(line)}</b>" for line in header), *map(escaped, heads)]
-        width = max(110, LETTER * max(map(len, header + heads)) + LINE)
-        height = LINE * (len(header + heads) + 1)
-        boxes[name] = Box(used.index(levels[name]), "<br>".join(marked), width, height)
-    return boxes | {LOGITS: Box(len(used), f"<b>{LOGITS}</b>", 110, 2 * LINE)}
+    """Boxes from the lowest row to the logits, with text wrapped so that a row fits a phone."""
+    boxes: dict[str, Box] = {}
+    row = 0
+    for level in sorted({levels[name] for name in roles}):
+        names = [name for name in roles if levels[name] == level]
+        n_rows = -(-len(names) // BESIDE)
+        for i, name in enumerate(names):
+            beside = -(-len(names) // n_rows)
+            room = int(((PAGE - GAP) / beside - GAP) / LETTER) - 1  # letters in a line
+            header = textwrap.wrap(role_in_words(name), room)
+            heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 28))
+            marked = [*(f"<b>{escaped(line)}</b>" for line in header), *map(escaped, heads)]
+            width = max(70, LETTER * (max(map(len, header + heads)) + 1))
+            height = LINE * (len(header + heads) + 1)
+            boxes[name] = Box(row + i // beside, "<br>".join(marked), width, height)
+        row += n_rows
+    # as wide as the page: each arrow has its own end
+    return boxes | {LOGITS: Box(row, f"<b>{LOGITS}</b>", PAGE - 2 * GAP, 2 * LINE)}
 
 
 def _place(rows: list[list[Box]]) -> float:
-    """Spread each row over the page, its boxes of one height; returns the height of all rows."""
+    """Spread each row over the page, its boxes of one height; returns the height of all."""
     low = GAP
     for row in rows:
         height = max(box.height for box in row)
-        gap = (PNG_WIDTH - sum(box.width for box in row)) / (len(row) + 1)
+        gap = (PAGE - sum(box.width for box in row)) / (len(row) + 1)
         left = gap
         for box in row:
             box.x, box.low, box.high = left + box.width / 2, low, low + height
@@ -153,6 +164,30 @@ def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
     return [*chain, end]
 
 
+def _untangle(rows: list[list[Box]], chains: list[list[Box]]) -> None:
+    """Order each row so that few arrows cross; among orders alike, as the rows stood."""
+    for i, row in enumerate(rows):
+        rows[i] = sorted(row, key=lambda box: box.x)
+    _place(rows)
+    for i in [*range(len(rows)), *reversed(range(len(rows)))]:
+        orders = itertools.permutations(rows[i]) if len(rows[i]) <= 6 else [rows[i]]
+        tried = []
+        for order in map(list, orders):
+            _place([*rows[:i], order, *rows[i + 1 :]])
+            tried.append((_crossings(chains), len(tried), order))
+        rows[i] = min(tried)[2]
+        _place(rows)
+
+
+def _crossings(chains: list[list[Box]]) -> int:
+    """How often arrows cross between two rows."""
+    stretches = [(a.row, a.x, b.x) for chain in chains for a, b in itertools.pairwise(chain)]
+    return sum(
+        row == other and (low - low2) * (high - high2) < 0
+        for (row, low, high), (other, low2, high2) in itertools.combinations(stretches, 2)
+    )
+
+
 def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
     """x where each arrow touches its box `at` one end: in the order in which they go on."""
     ports = []
@@ -163,19 +198,24 @@ def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
     return ports
 
 
-def _key(boxes: Mapping[str, Box], edges: Sequence[tuple]) -> str:
-    """What the colours in the diagram mean, in those colours."""
+def _key(boxes: Mapping[str, Box], edges: Sequence[tuple]) -> list[str]:
+    """Lines that say what colours, letters and widths in the diagram mean."""
     used = [family for family in FAMILIES.values() if set(family.roles) & set(boxes)]
     signs = [(RAISES, "positive", max), (LOWERS, "negative", min)]
-    families = [(f.colour, f"■ {f.words}") for f in used]
+    effects = [effect for _, _, effect, *_ in edges]
     arrows = [
-        (colour, f"▲ {sign} effect")
-        for colour, sign, end in signs
-        if end([effect for _, _, effect, *_ in edges], default=0) != 0
+        (colour, f"▲ {sign} effect") for colour, sign, end in signs if end(effects, default=0) != 0
     ]
-    lines = [families, arrows] if families else [arrows]
+    families = [(f.colour, f"■ {f.words}") for f in used]
+    lines = [part for part in (families[:3], families[3:], arrows) if part]
     marked = [[f'<span style="color:{colour}">{text}</span>' for colour, text in x] for x in lines]
-    return "<br>".join("   ".join(line) for line in marked)
+    said = (
+        ["q, k, v: through the receiver's queries, keys, values"]
+        if any(e[3:] for e in edges)
+        else []
+    )
+    said += ["number and width: share of the logit difference lost"] if edges else []
+    return ["   ".join(line) for line in marked] + said
 
 
 def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]) -> None:
@@ -195,7 +235,7 @@ def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]
         fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
         taken.append(_spot(path, [*paths[:i], *paths[i + 1 :]], taken))
         text = " ".join([*map(escaped, via), f"{effect:+.2f}"]).strip().replace("-", "−")
-        font = dict(size=12, color=colour)  # that of its arrow
+        font = dict(size=11, color=colour)  # that of its arrow
         at = dict(x=taken[-1][0], y=taken[-1][1])
         fig.add_annotation(text=text, showarrow=False, bgcolor="white", font=font, **at)
 
@@ -205,11 +245,12 @@ def _spot(path: Path, others: list[Path], taken: Path) -> tuple[float, float]:
 
     Only between two rows: where an arrow passes a row it runs between boxes.
     """
-    spots = [spot for a, b in _stretches(path) for spot in _along(a, b, (0.45, 0.7, 0.22))]
-    apart = [s for s in spots if all(abs(s[0] - x) > 66 or abs(s[1] - y) > 17 for x, y in taken)]
+    shares = (0.45, 0.58, 0.7, 0.33, 0.22)
+    spots = [spot for a, b in _stretches(path) for spot in _along(a, b, shares)]
+    apart = [s for s in spots if all(abs(s[0] - x) > 50 or abs(s[1] - y) > 16 for x, y in taken)]
     steps = [i / 40 for i in range(41)]
     passing = [p for other in others for a, b in _stretches(other) for p in _along(a, b, steps)]
-    clear = [s for s in apart if all(abs(s[0] - x) > 36 or abs(s[1] - y) > 9 for x, y in passing)]
+    clear = [s for s in apart if all(abs(s[0] - x) > 27 or abs(s[1] - y) > 9 for x, y in passing)]
     return (clear or apart or spots)[0]
 
 

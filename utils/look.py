@@ -1,8 +1,11 @@
 """The look of figures: colours, the template, how they are shown, where titles and labels stand."""
 
+import html
+import itertools
 import os
 import re
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,7 +18,7 @@ DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 HATCHES = ["", "/", ".", "x"]
 MARK = dict(color="#444", dash="dash", width=1)
 AXIS = dict(gridcolor="#e6e6e6", linecolor="#888", ticks="outside", automargin=True)
-AXIS |= dict(zeroline=False, title_standoff=8)
+AXIS |= dict(zeroline=False, title_standoff=8, title_font_size=13)
 # A template of our own is a few hundred bytes; plotly's default adds 7 KB to every stored figure.
 pio.templates["replication"] = go.layout.Template(
     layout=dict(
@@ -39,8 +42,8 @@ class Offline(type(pio.renderers["notebook"])):
     """A figure with plotly's script, and without the one for formulas, which a CDN would send."""
 
     def to_mimebundle(self, fig_dict: dict) -> dict[str, str]:
-        html = super().to_mimebundle(fig_dict)["text/html"]
-        return {"text/html": re.sub(r'<script src="http[^"]*mathjax[^>]*></script>', "", html)}
+        page = super().to_mimebundle(fig_dict)["text/html"]
+        return {"text/html": re.sub(r'<script src="http[^"]*mathjax[^>]*></script>', "", page)}
 
 
 pio.renderers["notebook"] = Offline(config={"responsive": True})
@@ -52,21 +55,26 @@ if chosen == "plotly_mimetype" and "PLOTLY_RENDERER" not in os.environ:
 pio.renderers.default = chosen  # plotly had made its own before
 PNG_WIDTH = 900  # figures stretch to the page; only the picture stored beside them has a width
 pio.renderers["png"].width, pio.renderers["png"].scale = PNG_WIDTH, 2
-TITLE_WIDTH, NOTE_WIDTH = 40, 56  # letters in a line that fit a phone
+TITLE_WIDTH, NOTE_WIDTH = 72, 96  # letters in a line; pages break lines anew on a narrow screen
 FEW = 16  # measured points up to this number are marked
 
 
-def titled(fig: go.Figure, title: str, note: str, headings: int = 0, *, height: int) -> go.Figure:
-    """Title and the line under it, wrapped so that they fit a phone, with room for them.
+def titled(fig: go.Figure, title: str, note: str, headings: int = 12, *, height: int) -> go.Figure:
+    """Title and the line under it, with the room that they take; y titles as long as their axis.
 
     `headings` is the room in pixels of what stands between them and the plot.
     """
+    plot = height - 142  # without the margins of the template
+    for axis in fig.select_yaxes():
+        low, high = axis.domain or (0, 1)
+        if axis.title.text:  # of letters 8 pixels wide
+            axis.title.text = wrapped(axis.title.text, max(10, int(plot * (high - low) / 8)))
     text, note = wrapped(title, TITLE_WIDTH), wrapped(note, NOTE_WIDTH)
-    room = 60 + headings + 22 * text.count("<br>") + 18 * (2 + note.count("<br>"))
+    lines = note.count("<br>") + 1 if note else 0
+    room = 54 + headings + 22 * text.count("<br>") + 18 * lines
     place = dict(yref="container", y=1, yanchor="top", pad_t=24)
     fig.update_layout(title=dict(text=text, subtitle_text=note, **place))
-    fig.update_layout(margin_t=room, height=height + room - 82)
-    return fig
+    return fig.update_layout(margin_t=room, height=height + room - 82)
 
 
 def wrapped(text: str, width: int) -> str:
@@ -79,25 +87,66 @@ def escaped(text: object) -> str:
     return str(text).replace("<", "&lt;")
 
 
-def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and dash of each line: heads of a layer share a colour, where dashes suffice.
+LAYERS_FROM = 3  # of the colours; those before are for what a figure of heads also shows
 
-    Other names come first, so that they look the same in figures with heads and without.
+
+def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dash of each line, the same in every figure with such names.
+
+    Heads of a layer share a colour, where dashes suffice, and so do all "zero, ..." beside all
+    "mean, ...": what follows the comma is then told by the dash.
     """
-    heads = {name: match for name in names if (match := re.fullmatch(r"L(\d+)H(\d+)", name))}
-    layers = list(dict.fromkeys(match[1] for match in heads.values()))
-    most = max((sum(m[1] == layer for m in heads.values()) for layer in layers), default=0)
-    if not heads or most > len(DASHES):
+    pairs = {name: tuple(name.split(", ")) for name in names}
+    if {*map(len, pairs.values())} == {2}:
+        kinds, groups = (list(dict.fromkeys(x)) for x in zip(*pairs.values(), strict=True))
+        if len(kinds) <= len(COLOURS) and len(groups) <= len(DASHES):
+            at = {n: (kinds.index(kind), groups.index(group)) for n, (kind, group) in pairs.items()}
+            return {name: (COLOURS[i], DASHES[j]) for name, (i, j) in at.items()}
+    layers = by_layer(names)
+    if not layers:
         turns = [divmod(i, len(COLOURS)) for i in range(len(names))]
         looks = [(COLOURS[i], DASHES[(i + turn) % 4]) for turn, i in turns]
         return dict(zip(names, looks, strict=True))
-    others, looks = [name for name in names if name not in heads], {}
+    others, looks = [n for n in names if n not in itertools.chain(*layers.values())], {}
     for i, name in enumerate(others):
         looks[name] = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-    for i, layer in enumerate(layers, start=len(others)):
-        for dash, name in zip(DASHES, (n for n, m in heads.items() if m[1] == layer), strict=False):
+    for i, of_layer in enumerate(layers.values(), start=max(len(others), LAYERS_FROM)):
+        for dash, name in zip(DASHES, of_layer, strict=False):
             looks[name] = COLOURS[i % len(COLOURS)], dash
     return looks
+
+
+def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """The heads among the names, by layer; none where a layer has more than there are dashes."""
+    layers = {}
+    for name in names:
+        if match := re.fullmatch(r"L(\d+)H\d+", name):
+            layers.setdefault(match[1], []).append(name)
+    return layers if max(map(len, layers.values()), default=0) <= len(DASHES) else {}
+
+
+def end_labels(ends: Mapping[str, float], span: float) -> list[tuple[float, str]]:
+    """Where lines end, names beside them: (y, text), one for those of a layer that end together.
+
+    Ends within a tenth of `span` are together: their labels would meet.
+    """
+    labels = []  # (ys, layer, heads)
+    for name, y in sorted(ends.items(), key=lambda end: end[1]):
+        layer, head = name.split("H")
+        near = [label for label in labels if label[1] == layer and y - label[0][0] < span / 10]
+        if near:
+            near[0][0].append(y)
+            near[0][2].append(int(head))
+        else:
+            labels.append(([y], layer, [int(head)]))
+    shown = []
+    for ys, layer, heads in labels:
+        low, high, n = min(heads), max(heads), len(heads)
+        run = f"{low}–{high}" if n == high - low + 1 > 2 else ",".join(map(str, sorted(heads)))
+        shown.append([sum(ys) / n, f"{layer}H{run}"])
+    for below, above in itertools.pairwise(shown):  # of other layers: one above the other
+        above[0] = max(above[0], below[0] + span / 10)
+    return [tuple(label) for label in shown]
 
 
 def role_in_words(role: str) -> str:
@@ -152,8 +201,21 @@ def beside(x: np.ndarray, y: np.ndarray, labels: dict[int, str]) -> tuple[list[s
     return shown, sides
 
 
-def framed(view: str) -> str:
-    """A circuitsvis view, which is about as high as wide: on white, and to be seen at once."""
+def framed(view: str, names: Sequence[str]) -> str:
+    """A circuitsvis view, which is about as high as wide: on white, and to be seen at once.
+
+    Its pictures of heads shrink on a wide page, and their names would then cover them.
+    """
     box = "max-width:380px; padding:4px; background:white; color:#222"
-    small = ".attention-view :is(h2, h3) { font-size:14px !important; margin:4px 0 !important }"
-    return f'<div class="attention-view" style="{box}"><style>{small}</style>{view}</div>'
+    rules = {
+        "h2, h3": "font-size:14px !important; margin:4px 0 !important",
+        "h2, h4": "background:white !important; color:#222 !important",
+        "h4": "position:static !important; order:2; font-size:13px; text-align:center",
+        "div:has(> h4)": "display:flex; flex-direction:column",
+        "h4 + div": "flex:none !important",
+        "div:has(> div > div > h4)": "flex:0 0 90px !important; max-width:90px !important",
+    }
+    style = "\n".join(f".attention-view :is({of}) {{ {look} }}" for of, look in rules.items())
+    label = html.escape(f"Attention of {', '.join(names)}")
+    said = f'class="attention-view" role="img" aria-label="{label}"'
+    return f'<div {said} style="{box}"><style>{style}</style>{view}</div>'

@@ -32,7 +32,9 @@ from utils.look import (
     MARK,
     PNG_WIDTH,
     beside,
+    by_layer,
     category,
+    end_labels,
     escaped,
     framed,
     line_looks,
@@ -46,6 +48,7 @@ Series = Mapping[str, Numbers | tuple[Numbers, Numbers]]
 Mark = tuple[float, str] | None
 Names = Sequence[str | float]
 Map = Float[Tensor, "row col"]
+MANY_ROWS = 20
 
 
 def heatmap(
@@ -97,10 +100,24 @@ def heatmap(
     )
     fig.update_yaxes(showgrid=False, **_ticks(y, n_rows, 40))
     fig.update_yaxes(ticks="", selector=dict(showticklabels=False))
-    colour = f"{value_label}: " + ("red above 0, blue below" if diverging else "darker is more")
-    note = "; ".join(filter(None, [colour, note]))
-    headings = 34 if n_maps > 1 else 0
+    colour = f"red above 0, blue below, full at ±{high:.2g}" if diverging else "darker is more"
+    note = "; ".join(filter(None, [f"{value_label}: {colour}", note]))
+    headings = 34 if n_maps > 1 else 12
+    if y is None and n_rows > MANY_ROWS:  # layers: low rows, of which every fifth has a number
+        fig.update_yaxes(dtick=5, nticks=None)
+        _narrow(fig, n_maps * n_cols)
+        return titled(fig, title, note, headings, height=min(720, 12 * n_rows + 142))
     return titled(fig, title, note, headings, height=min(720, max(320, 17 * n_rows + 190)))
+
+
+def _narrow(fig: go.Figure, n_cols: int) -> None:
+    """Leave room at the right of few columns: cells four times as wide as high can be compared."""
+    share = min(1, max(0.6, 48 * n_cols / (PNG_WIDTH - 160)))
+    for axis in fig.select_xaxes():
+        axis.domain = [share * end for end in axis.domain]
+    for heading in fig.layout.annotations:
+        heading.x *= share
+    fig.update_layout(coloraxis_colorbar_x=share + 0.02)
 
 
 def head_heatmap(
@@ -138,9 +155,10 @@ def panels(
 ) -> go.Figure:
     """Line plots stacked over one x axis: dict of y label to series, each panel with its legend.
 
-    A name has the same colour in every panel; heads ("L0H1") have that of their layer. `marker` =
-    (x, text) draws a vertical dashed line, `window` = (from, to) shades a stretch of x. Raises
-    ValueError for no series, or one that does not have a value for each x.
+    A name has the same colour in every panel; heads ("L0H1") have that of their layer, which stands
+    in the legend, and their names where their lines end. `marker` = (x, text) draws a vertical
+    dashed line, `window` = (from, to) shades a stretch of x. Raises ValueError for no series, or
+    one that does not have a value for each x.
     """
     x = _array(x, "x", 1)
     _check_named("panels", panels)
@@ -162,9 +180,17 @@ def panels(
             fig.update_layout({legend: above})
         fig.update_layout(showlegend=len(names) > 1)
         fig.update_yaxes(title=label, row=row)
+        heads = {n: of[0] for of in by_layer(series).values() if len(of) > 1 for n in of}
+        ends: dict[str, float] = {}
         for name, values in series.items():
             y, stderr = _with_error(values, name, len(x))
             colour, dash = looks[name]
+            if name in heads:
+                ends |= {name: y[-1]} if np.isfinite(y[-1]) else {}
+                if heads[name] == name:  # the first of its layer
+                    key = dict(x=[None], y=[None], mode="lines", line_color=colour, legend=legend)
+                    layer = name.split("H")[0].replace("L", "layer ")
+                    fig.add_scatter(name=layer, hoverinfo="skip", **key, row=row, col=1)
             if stderr is not None:
                 note = "shaded: ± one standard error"
                 known = np.isfinite(y)  # the outline of a shape must have no gaps
@@ -176,7 +202,10 @@ def panels(
             mode += "+markers" if len(x) <= FEW else ""
             hover = f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}<extra>{name}</extra>"
             look = dict(mode=mode, line=line, legend=legend, hovertemplate=hover)
+            look["showlegend"] = name not in heads
             fig.add_scatter(x=x, y=y, name=name, row=row, col=1, **look)
+        if ends:
+            _name_ends(fig, ends, {name: looks[name][0] for name in ends}, row)
     fig.update_xaxes(title=x_label, row=len(panels))
     if log_x:
         fig.update_xaxes(type="log", tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
@@ -192,8 +221,21 @@ def panels(
             fig.add_annotation(x=at, text=escaped(text), showarrow=False, **above)
         else:  # a legend stands there
             note = "; ".join(filter(None, [f"dashed: {text}", note]))
-    height = 440 if len(panels) == 1 else 150 + 210 * len(panels)
-    return titled(fig, title, note, height=height)
+    height, room = (440, 24) if len(panels) == 1 else (150 + 210 * len(panels), 50)
+    return titled(fig, title, note, room, height=height)
+
+
+def _name_ends(
+    fig: go.Figure, ends: Mapping[str, float], colours: Mapping[str, str], row: int
+) -> None:
+    """Names of heads at the right of the panel, where their lines end."""
+    drawn = [y for trace in fig.select_traces(row=row, col=1) for y in trace.y if y is not None]
+    for y, text in end_labels(ends, float(np.nanmax(drawn) - np.nanmin(drawn)) or 1.0):
+        colour = next(c for name, c in colours.items() if name.split("H")[0] == text.split("H")[0])
+        look = dict(showarrow=False, xanchor="left", font=dict(size=11, color=colour))
+        place = dict(x=1, xref="x domain", y=y, xshift=4)
+        fig.add_annotation(text=text, **place, **look, row=row, col=1)
+    fig.update_layout(margin_r=70)
 
 
 def bars(
@@ -267,10 +309,14 @@ def scatter(
     top = set(np.argsort(-far)[:label_top].tolist())
     shown, sides = beside(x, y, {i: names[i] for i in sorted(top, key=lambda i: -far[i])})
     labels = dict(x=x_label, y=y_label)
-    fig = px.scatter(x=x, y=y, text=shown, hover_name=names, labels=labels, render_mode="svg")
+    fig = px.scatter(x=x, y=y, hover_name=names, labels=labels, render_mode="svg")
     hover = f"%{{hovertext}}<br>{x_label}: %{{x:.3f}}<br>{y_label}: %{{y:.3f}}<extra></extra>"
     dots = dict(size=8, opacity=0.7, line=dict(width=0.5, color="white"))
-    fig.update_traces(hovertemplate=hover, textposition=sides, cliponaxis=False, marker=dots)
+    fig.update_traces(hovertemplate=hover, cliponaxis=False, marker=dots)
+    if at := [i for i, text in enumerate(shown) if text]:  # a trace of their own, or each point
+        sides, shown = ([texts[i] for i in at] for texts in (sides, shown))  # would have a text
+        look = dict(mode="text", textposition=sides, cliponaxis=False, hoverinfo="skip")
+        fig.add_scatter(x=x[at], y=y[at], text=shown, showlegend=False, **look)
     if diagonal:
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         line = dict(mode="lines", line=MARK | dict(color="#999"), zorder=-1, hoverinfo="skip")
@@ -302,7 +348,7 @@ def attention(
     page = view.cdn_src if static else view.local_src
     for texts in map(json.dumps, (tokens, names)):  # a token `</script>` would end the script
         page = page.replace(texts, texts.replace("<", "\\u003c"))
-    display(HTML(framed(page)))
+    display(HTML(framed(page, names)))
     if static:  # GitHub strips the script, so a picture follows
         title = f"Attention of {', '.join(names)}"
         words = dict(x_label="source", y_label="destination", value_label="attention", title=title)

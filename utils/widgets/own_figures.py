@@ -63,7 +63,7 @@ def end_figure(
     """Attention from END of each head, and what it writes: red for IO, blue against it."""
     at = list(range(len(words)))
     rows = [f"{head} out" if head in out else str(head) for head in heads]
-    titles = ["attention from END", "writes to the logit difference"]
+    titles = ["attention<br>from END", "writes to the<br>logit difference"]  # apart on a phone
     look = dict(shared_yaxes=True, horizontal_spacing=0.03, column_widths=[0.6, 0.4])
     figure = make_subplots(1, 2, subplot_titles=titles, **look)
     figure.add_heatmap(z=after.attention.numpy(), x=at, y=rows, **ATTENTION, row=1, col=1)
@@ -83,7 +83,7 @@ def end_figure(
     note += f"; likeliest: {_shown(likeliest.strip())}; with all heads "
     note += f"{before.logit_diff:+.2f} (grey bars)"
     title = f"{wins} wins: logit difference {after.logit_diff:+.2f}"
-    return titled(figure, title, note, 34, height=240 + 20 * len(heads))
+    return titled(figure, title, note, 48, height=240 + 20 * len(heads))
 
 
 def _shown(text: str) -> str:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from utils.circuit import Node, node_label
-from utils.look import COLOURS, line_looks, titled
+from utils.look import COLOURS, by_layer, line_looks, titled
 from utils.metrics import Estimate
 from utils.toy import ToyRun
 
@@ -40,7 +40,7 @@ def with_slider(
         for i, (label, _) in enumerate(frames)
     ]
     value = dict(prefix=f"{what}: ", font_size=14)
-    slider = dict(active=start, currentvalue=value, steps=steps, pad=dict(t=44, b=30))
+    slider = dict(active=start, currentvalue=value, steps=steps, pad=dict(t=72, b=30))
     return figure.update_layout(sliders=[slider])
 
 
@@ -64,7 +64,7 @@ def toy_training(run: ToyRun, at: float) -> go.Figure:
     wide = [[dict(colspan=n_heads), *[None] * (n_heads - 1)]] * 2
     specs = [[{}] * n_heads for _ in range(n_layers)] + wide
     look = dict(
-        vertical_spacing=0.07, horizontal_spacing=0.03, row_heights=[1.8] * n_layers + [1, 1]
+        vertical_spacing=0.07, horizontal_spacing=0.03, row_heights=[1.5] * n_layers + [1, 1]
     )
     figure = make_subplots(rows, n_heads, specs=specs, subplot_titles=heads, **look)
     # whole percents in one byte each: the page holds a map for every head and step
@@ -77,11 +77,16 @@ def toy_training(run: ToyRun, at: float) -> go.Figure:
     curves = {"first copy": run.first_loss, "second copy": run.second_loss}
     curves |= dict(zip(heads, scores.T, strict=True))
     looks = line_looks(list(curves))
+    first = {of[0]: f"layer {layer}" for layer, of in by_layer(heads).items()}  # for the legend
     for name, values in curves.items():
         colour, dash = looks[name]
         line, row = dict(color=colour, dash=dash, width=2), rows - 1 + (name in heads)
         y = values.numpy().round(3)
-        figure.add_scatter(x=steps, y=y, name=name, mode="lines", line=line, row=row, col=1)
+        look = dict(name=name, mode="lines", line=line, showlegend=name not in heads)
+        figure.add_scatter(x=steps, y=y, **look, row=row, col=1)
+        if name in first:
+            key = dict(name=first[name], mode="lines", line_color=colour, showlegend=True)
+            figure.add_scatter(x=[None], y=[None], **key, row=row, col=1)
     for row in (rows - 1, rows):
         figure.add_scatter(mode="markers", marker=NOW, showlegend=False, row=row, col=1)
     ends, n = [2, len(heads)], len(figure.data)  # curves in either panel
@@ -95,14 +100,19 @@ def toy_training(run: ToyRun, at: float) -> go.Figure:
 
     for layer in range(1, n_layers + 1):
         figure.update_xaxes(showticklabels=False, ticks="", row=layer)
-        figure.update_yaxes(showticklabels=False, ticks="", autorange="reversed", row=layer)
+        square = dict(constrain="domain", constraintoward="top", autorange="reversed")
+        figure.update_yaxes(showticklabels=False, ticks="", **square, row=layer)
+        for col in range(1, n_heads + 1):
+            x = figure.get_subplot(layer, col).xaxis.plotly_name.replace("axis", "")
+            figure.update_yaxes(scaleanchor=x, row=layer, col=col)
+        figure.update_xaxes(constrain="domain", row=layer)
     figure.update_yaxes(title="loss (nats)", row=rows - 1)
     figure.update_yaxes(title="prefix matching", range=[0, 1], row=rows)
     for row in (rows - 1, rows):
         figure.update_xaxes(range=[0, 1.02 * steps[-1]], row=row)
     figure.update_xaxes(title="step", row=rows)
     note = "maps: from (down) to (across), two copies of a few tokens; darker is more attention"
-    titled(figure, "Training, step by step", note, 34, height=200 * n_layers + 430)
+    titled(figure, "Training, step by step", note, 34, height=200 * n_layers + 500)
     start = min(range(len(chosen)), key=lambda k: abs(steps[chosen[k]] - at))
     frames = [(str(steps[i]), frame(i)) for i in chosen]
     return with_slider(figure, frames, "training step", start)
@@ -123,7 +133,8 @@ def circuits_by_threshold(
         raise ValueError(f"kept: want sizes of 1..{len(nodes)} nodes, got {sizes}")
     groups = list(kept[sizes[0]])
     titles = ["the circuit", "what it keeps"]
-    figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.5, 0.5])
+    look = dict(subplot_titles=titles, column_widths=[0.5, 0.5], horizontal_spacing=0.17)
+    figure = make_subplots(1, 2, **look)
     most = max(head.head for head, _ in nodes) + 1
     across = [PLACES.index(place) + 0.8 * (head.head + 0.5) / most - 0.4 for head, place in nodes]
     for name, colour in (("has a role", COLOURS[0]), ("has none", COLOURS[1])):
@@ -160,8 +171,11 @@ def circuits_by_threshold(
     deepest = max(head.layer for head, _ in nodes)
     figure.update_yaxes(title="layer", range=[-1, deepest + 1], row=1, col=1)
     figure.update_xaxes(title="nodes", row=1, col=2)
-    figure.update_yaxes(title="share of the logit difference", row=1, col=2)
-    note = "a node is in if it contributes at least the threshold; bars: ± one standard error"
+    figure.update_yaxes(title="share kept", row=1, col=2)
+    note = (
+        "nodes that contribute at least the threshold; share kept of the logit difference, ± one "
+    )
+    note += "standard error"
     titled(figure, "Every node above a threshold", note, 34, height=500)
     frames = [(f"{contributions[nodes[n - 1]]:.1%}", frame(n)) for n in sizes]
     return with_slider(figure, frames, "threshold", len(sizes) // 2)

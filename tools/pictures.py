@@ -1,0 +1,73 @@
+"""What a notebook stores of a figure, made light: the picture beside it, and its numbers."""
+
+import base64
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+# Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, so that a
+# colour bar can be read. Edges of letters and lines, where most of the bytes go, share a few.
+EDGES, COLOURS = 12, 256
+# This method and k-means keep rare colours; the default does not.
+PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+
+
+def with_palette(picture: Image.Image) -> Image.Image:
+    """The picture with at most 256 colours, those of flat areas unchanged unless there are more."""
+    rgb = np.asarray(picture.convert("RGB"))
+    flat, index = _flat(rgb), np.zeros(rgb.shape[:2], np.uint8)
+    palettes, first = [], 0
+    for where, most in ((flat, COLOURS - EDGES), (~flat, EDGES)):
+        palette, index_there = _palette(rgb[where], most)
+        index[where] = index_there + first
+        palettes.append(palette)
+        first += len(palette)
+    light = Image.fromarray(index)
+    light.putpalette(np.concatenate(palettes).tobytes())
+    return light
+
+
+def _flat(rgb: np.ndarray) -> np.ndarray:
+    """Which pixels lie in a square of two by two that has one colour."""
+    same = np.ones([n - 1 for n in rgb.shape[:2]], bool)
+    for right, down in ((0, 1), (1, 0), (1, 1)):
+        other = rgb[down : down + len(same), right : right + same.shape[1]]
+        same &= (rgb[:-1, :-1] == other).all(-1)
+    padded = np.pad(same, 1)
+    return padded[1:, 1:] | padded[:-1, 1:] | padded[1:, :-1] | padded[:-1, :-1]
+
+
+def _palette(pixels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many colours for pixels [pixel rgb], and which of them each pixel has."""
+    codes = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    found, index = np.unique(codes, return_inverse=True)
+    if len(found) <= most:
+        return np.stack([found >> 16, found >> 8, found], -1).astype(np.uint8), index
+    reduced = Image.fromarray(pixels[None]).quantize(colors=most, **PALETTE)
+    return np.array(reduced.getpalette(), np.uint8).reshape(-1, 3), np.asarray(reduced)[0]
+
+
+def lighten_numbers(figure: dict) -> None:
+    """Coordinates of a stored figure in single precision, packed as plotly packs arrays.
+
+    A list of numbers takes a line each in a notebook's file.
+    """
+    traces = figure["data"] + [t for frame in figure.get("frames", []) for t in frame["data"]]
+    for trace in traces:
+        for name in {"x", "y"} & trace.keys():
+            values = trace[name]
+            if isinstance(values, dict) and values["dtype"] == "f8" and "shape" not in values:
+                numbers = np.frombuffer(base64.b64decode(values["bdata"]), "f8")
+            elif isinstance(values, list) and {*map(type, values)} <= {int, float} and values[4:]:
+                numbers = np.array(values)
+            else:
+                continue
+            packed = base64.b64encode(numbers.astype("f4").tobytes()).decode()
+            trace[name] = dict(dtype="f4", bdata=packed)
+
+
+def png(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
