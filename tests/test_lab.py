@@ -1,5 +1,6 @@
 """The learner's copies: made once, never overwritten, and their first cell finds the repository."""
 
+import json
 import os
 import subprocess
 import sys
@@ -97,3 +98,8 @@ def test_the_first_code_cell_finds_the_repository_from_my(path, tmp_path):
         [sys.executable, "-c", says], cwd=folder / "my", capture_output=True, text=True
     )
     assert done.stdout.strip() == str(path.parent), done.stderr
+
+
+def test_lab_follows_the_scheme_of_the_system():
+    settings = json.loads((lab.SETTINGS / "overrides.json").read_text("utf-8"))
+    assert settings["@jupyterlab/apputils-extension:themes"] == {"adaptive-theme": True}
