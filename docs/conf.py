@@ -35,11 +35,14 @@ html_static_path = [
     "site.css",
     "site.js",
     str(ROOT / "tools/page/figures.css"),
+    str(ROOT / "tools/page/figures.js"),
     str(Path(plotly.__file__).parent / "package_data/plotly.min.js"),
     str(Path(circuitsvis.__file__).parent / "dist/cdn/iife.js"),
 ]
 html_css_files = ["figures.css", "site.css"]
-html_js_files = [("site.js", {"defer": ""})]
+html_js_files = [("figures.js", {"defer": ""}), ("site.js", {"defer": ""})]
+html_favicon = "favicon.svg"
+html_search_scorer = str(ROOT / "docs/search.js")
 html_theme_options = {"source_edit_link": "set for each page", "source_view_link": "likewise"}
 
 

@@ -1,13 +1,11 @@
-// Draws each plotly figure when it comes near the screen: a page has dozens of them.
-const observer = new IntersectionObserver(
-  (entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (!isIntersecting) continue;
-      observer.unobserve(target);
-      const { data, layout } = JSON.parse(target.nextElementSibling.textContent);
-      Plotly.newPlot(target, data, layout, { responsive: true });
-    }
-  },
-  { rootMargin: "600px" },
-);
-document.querySelectorAll(".plotly-graph-div").forEach((figure) => observer.observe(figure));
+const figures = new Map();
+for (const place of document.querySelectorAll(".plotly-graph-div")) {
+  const source = place.nextElementSibling;
+  figures.set(place, () => JSON.parse(source.textContent));
+}
+keepDrawn(figures);
+
+// What scrolls sideways can be scrolled by key.
+for (const box of document.querySelectorAll("pre, .cell_output table")) {
+  if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+}

@@ -1,5 +1,6 @@
 """The learner's copies: made once, never overwritten, and their first cell finds the repository."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,8 +80,15 @@ def test_lab_opens_the_first_notebook_in_the_same_environment(
     lab.main(["--no-browser"])
     (python, command), _ = become.call_args
     opens = [sys.executable, "-m", "jupyterlab", "my/a_notebook.ipynb"]
-    assert (python, command[:4], command[5:]) == (sys.executable, opens, ["--no-browser", *allowed])
+    assert (python, command[:4], command[6:]) == (sys.executable, opens, ["--no-browser", *allowed])
     assert os.getcwd() == str(repository)
+    (layout,) = (repository / "my/.layout").iterdir()
+    assert f"--LabApp.workspaces_dir={layout.parent}" in command
+    shown = json.loads(layout.read_text("utf-8"))["data"]["layout-restorer:data"]["left"]
+    assert shown["current"] == lab.CONTENTS and not shown["collapsed"]
+    layout.write_text("as the learner left it")
+    lab.open_contents(layout.parent)
+    assert layout.read_text() == "as the learner left it"
     path = "Learning path: my/a_notebook.ipynb, then my/b_notebook.ipynb."
     assert path in capsys.readouterr().out
 
@@ -97,3 +105,8 @@ def test_the_first_code_cell_finds_the_repository_from_my(path, tmp_path):
         [sys.executable, "-c", says], cwd=folder / "my", capture_output=True, text=True
     )
     assert done.stdout.strip() == str(path.parent), done.stderr
+
+
+def test_lab_follows_the_scheme_of_the_system():
+    settings = json.loads((lab.SETTINGS / "overrides.json").read_text("utf-8"))
+    assert settings["@jupyterlab/apputils-extension:themes"] == {"adaptive-theme": True}

@@ -14,6 +14,7 @@ from utils.ledger import claims as ledger_module
 from utils.ledger.claims import Claim, Ledger
 from utils.ledger.results import decimals, merge_seeds, others, read_json, write_json
 from utils.ledger.rules import above, at_least, below, every
+from utils.ledger.table import LedgerTable, Rule
 from utils.metrics import Estimate
 
 
@@ -223,8 +224,18 @@ def test_table_shows_verdicts_first_then_figures_and_the_rule_folded(ledger, tmp
     seeds = tmp_path / "toy_seeds.json"
     assert repr(ledger.table(seeds)) == repr(table)  # no such file yet
     write_json(seeds, {"1": run(entry("toy.copying", 0.7, holds=False))})
-    row = "? undecided (in 1 of 2 seeds): It copies: ours 0.600 ± 0.100 (n = 2 seeds); published –"
-    assert repr(ledger.table(seeds)).splitlines()[1] == row
+    row = "? undecided (holds in 1 of 2 seeds): It copies: ours 0.600 ± 0.100 (n = 2 seeds)"
+    assert repr(ledger.table(seeds)).splitlines()[1] == f"{row}; published –"
+    html = ledger.table(seeds)._repr_html_()
+    assert ">? undecided</span>" in html and "<div>holds in 1 of 2 seeds</div>" in html
+
+
+def test_the_table_begins_with_links_to_what_does_not_hold_or_is_undecided():
+    claims = [entry("a", 1.0), entry("b", 0.0, holds=False, statement="B < C", published=-0.4)]
+    html = LedgerTable(claims, [Rule("p", "r")] * 2, "first")._repr_html_()
+    links = '<p>Do not hold:</p><ul><li><a href="#first-2">B &lt; C</a></li></ul>'
+    assert links in html and '<div id="first-2"' in html and "Undecided" not in html
+    assert "published: −0.4<" in html
 
 
 @pytest.mark.parametrize(
@@ -321,7 +332,7 @@ def test_markdown(tmp_path):
         "| verdict | claim | published | ours ± standard error (n) |\n"
         "| --- | --- | --- | --- |\n"
         "| ✓ holds | a \\| b | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) |\n"
-        "| ✗ does not hold (in 0 of 5 seeds) | s | – | 0.250 ± 0.000 (n = 5 seeds) |\n\n"
+        "| ✗ does not hold (holds in 0 of 5 seeds) | s | – | 0.250 ± 0.000 (n = 5 seeds) |\n\n"
         "| role | heads |\n| --- | --- |\n"
         "| previous token | L3H4 |\n| duplicate token | none |\n"
     )

@@ -30,7 +30,7 @@ def test_a_page_asks_no_network_and_shows_its_formulas():
     html = page(PROSE)
     assert requests(html) == []
     assert re.search(r'<math display="block"[^>]*><mrow><mfrac>', html)
-    assert html.count("<math") == 2 and "$" not in re.sub(r"(?s)<style.*?</style>", "", html)
+    assert html.count("<math") == 2 and "$" not in re.sub(r"(?s)<(style|script).*?</\1>", "", html)
     assert 'href="https://colab.example/x"' in html and "Open In Colab" in html
 
 
@@ -61,5 +61,5 @@ def test_every_formula_of_the_notebooks_becomes_mathml(path):
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     html = to_html(notebook, path.stem)
     assert requests(html) == [] and "<math" in html
-    prose = re.sub(r"(?s)<(style|pre|code)\b.*?</\1>", "", html)
+    prose = re.sub(r"(?s)<(style|script|pre|code)\b.*?</\1>", "", html)
     assert not re.search(r"\$|\\[a-z]+\{", prose)

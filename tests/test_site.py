@@ -22,6 +22,7 @@ from utils.ledger.results import ROOT, counts, read_json
 
 pytest.importorskip("sphinx", reason="the site needs sphinx, which `make test` installs")
 NOTEBOOKS = [place for place in PAGES if place.endswith(".ipynb")]
+AXES = ("xy", "x2y2")  # of a figure with two panels, as plotly names them
 MODULES = sorted(ROOT.glob("utils/**/*.py"))
 
 
@@ -230,13 +231,80 @@ def test_a_notebook_is_drawn_whole(opened, place):
         fits_in_both_schemes(page, width)
     for view in page.locator("[id^=circuits-vis]").all():
         assert view.bounding_box()["height"] > 100
-    formula = page.locator("math[display=block]").first.bounding_box()
+    formula = page.locator("math[display=block]:has(mfrac)").first.bounding_box()
     assert formula["height"] > 25 and formula["width"] > 10  # a fraction, not its source
     fold = page.locator("details", has_text="Hint 1").first
     inside = fold.locator("p").first
     assert not inside.is_visible()
     fold.locator("summary").click()
     assert inside.is_visible()
+
+
+INDUCTION, IOI = (place.removesuffix(".ipynb") for place in NOTEBOOKS)
+
+
+def drawn(page, title):
+    """The figure with a title, on the screen."""
+    figure = page.locator(".plotly-graph-div").and_(page.locator(f"[aria-label^='{title}']"))
+    figure.scroll_into_view_if_needed()
+    figure.locator(".main-svg").first.wait_for(state="attached")
+    page.wait_for_timeout(500)  # what stands above it has been drawn, too
+    return figure
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_slider_moves_its_figure_by_key(opened, width):
+    page = opened(INDUCTION, width)
+    figure, slider = drawn(page, "Training, step by step"), page.locator(".steps input").first
+    mark, label = figure.locator(".scatterlayer .point").last, page.locator(".steps output").first
+    before = mark.bounding_box()["x"], label.inner_text()
+    slider.press("End")
+    page.wait_for_timeout(500)
+    assert mark.bounding_box()["x"] > before[0] + 50
+    assert label.inner_text() == "training step: 500" != before[1]
+
+
+@needs_chromium
+def test_on_a_phone_panels_stand_below_each_other_and_titles_fit(opened):
+    for place, title in ((IOI, "Every node above a threshold"), (IOI, "Mary wins")):
+        page = opened(place, 390)
+        figure = drawn(page, title)
+        upper, lower = (figure.locator(f".{name} .nsewdrag").bounding_box() for name in AXES)
+        assert upper["y"] + upper["height"] < lower["y"] and upper["width"] == lower["width"] > 200
+        text = figure.locator(".gtitle").bounding_box()
+        assert text["x"] + text["width"] <= 390 and text["y"] + text["height"] < upper["y"]
+        assert figure.locator(".modebar-btn").count() == 0
+
+
+@needs_chromium
+def test_figures_follow_the_scheme_of_the_page(opened):
+    page = opened(IOI, 1280)
+    figure = drawn(page, "Logit difference by frame")
+    dark = (
+        "figure => parseInt(getComputedStyle(figure.querySelector('.gtitle')).fill.slice(4)) < 99"
+    )
+    assert figure.evaluate(dark) and figure.locator("rect.bg").first.count() == 1
+    page.evaluate("document.body.dataset.theme = 'dark'")
+    page.wait_for_function(f"!({dark})(document.querySelector('.js-plotly-plot'))")
+
+
+@needs_chromium
+def test_contents_are_beside_the_text_and_code_fits(opened):
+    page = opened(INDUCTION, 1280)
+    assert page.locator(".toc-tree").is_visible() and page.locator(".toc-tree a").count() > 20
+    wide = "[...document.querySelectorAll('.cell pre')].filter(x => x.scrollWidth > x.clientWidth)"
+    assert page.evaluate(f"{wide}.length") == 0
+    page.set_viewport_size(dict(width=390, height=900))
+    assert page.evaluate(f"{wide}.length") > 0
+    page.reload()
+    assert page.evaluate(f"{wide}.every(x => x.tabIndex === 0)")
+
+
+@pytest.mark.parametrize("place", NOTEBOOKS)
+def test_a_figure_that_answers_says_that_it_needs_a_kernel(site, place):
+    html = (site / place).with_suffix(".html").read_text("utf-8")
+    assert html.count('class="needs-kernel"') == 1 and "make lab" in html
 
 
 @pytest.fixture
@@ -256,4 +324,7 @@ def test_search_finds_a_function(served, browser):
     page.fill("input[name=q]", "prefix_matching_score")
     page.keyboard.press("Enter")
     page.locator("#search-results a", has_text="prefix_matching_score").first.wait_for()
+    page.goto(f"{served}/search.html?q=induction+head")
+    page.locator("#search-results a", has_text="Induction heads: how").first.wait_for()
+    assert "Induction heads" in page.locator("#search-results a").first.inner_text()
     page.close()

@@ -18,8 +18,11 @@ from tools.notebooks import find_notebooks
 from utils.ledger.results import ROOT, write_file
 
 MY = ROOT / "my"
-# Its overrides.json: no question about news at the first start, no search for newer versions.
+# Its overrides.json: no question about news at the first start, no search for newer versions, and
+# the scheme of the system.
 SETTINGS = ROOT / "tools" / "jupyterlab"
+WORKSPACE = "default-37a8.jupyterlab-workspace"  # as JupyterLab names the file of "default"
+CONTENTS = "@jupyterlab/toc:plugin"  # its pane of headings
 ORIGIN = "copied_from"  # in a copy's metadata: the version that it was made from
 
 
@@ -65,6 +68,17 @@ def _origin(copy: Path) -> str | None:
         return None
 
 
+def open_contents(folder: Path) -> None:
+    """At the first start the notebook's contents stand beside it, and not the list of files."""
+    file = folder / WORKSPACE
+    if not file.exists():
+        beside = {"collapsed": False, "visible": True, "current": CONTENTS}
+        beside["widgets"] = ["filebrowser", "running-sessions", CONTENTS]
+        layout = {"left": beside, "relativeSizes": [0.22, 0.78, 0]}
+        data = {"layout-restorer:data": layout}
+        write_file(file, json.dumps({"data": data, "metadata": {"id": "default"}}))
+
+
 def main(options: list[str]) -> None:
     """Copy what is missing, then become JupyterLab, so that Ctrl-C reaches it alone."""
     first, *_ = copies = copy_notebooks()
@@ -72,8 +86,10 @@ def main(options: list[str]) -> None:
     print(f"Learning path: {', then '.join(names)}. Ctrl-C ends JupyterLab.", flush=True)
     os.chdir(ROOT)
     os.environ.setdefault("PYTHONSTARTUP", str(ROOT / "tools/kernel_start.py"))
+    open_contents(layout := MY / ".layout")
     command = ["-m", "jupyterlab", str(first.relative_to(ROOT))]
-    command += [f"--LabApp.app_settings_dir={SETTINGS}", *options]
+    command += [f"--LabApp.app_settings_dir={SETTINGS}", f"--LabApp.workspaces_dir={layout}"]
+    command += options
     if getattr(os, "geteuid", lambda: None)() == 0:  # as in a container, where Jupyter asks for it
         command.append("--allow-root")
     os.execv(sys.executable, [sys.executable, *command])

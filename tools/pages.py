@@ -41,13 +41,18 @@ def to_html(notebook: NotebookNode, title: str) -> str:
     """The page; its title is the notebook's first heading, or `title` if there is none."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = re.search(r"^# (.+)$", prose, re.MULTILINE)
-    styles = (TEMPLATES / "page" / name for name in ("page.css", "figures.css"))
-    css = "".join(style.read_text(encoding="utf-8") for style in styles)
+    css, js = map(_joined, ("css", "js"))
     name = re.sub(r"[*_`]", "", heading[1]) if heading else title
     exporter = PageExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
-    resources = {"metadata": {"name": name, "path": ""}, "page_css": css}
+    resources = {"metadata": {"name": name, "path": ""}, "page_css": css, "page_js": js}
     page = exporter.from_notebook_node(notebook, resources=resources)[0]
     return page.replace("<!-- contents -->", contents(page), 1)
+
+
+def _joined(kind: str) -> str:
+    """The styles or scripts of a page."""
+    files = (TEMPLATES / "page" / f"{name}.{kind}" for name in ("page", "figures"))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def contents(page: str) -> str:

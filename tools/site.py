@@ -37,6 +37,13 @@ PAGES = {
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(http[^)]*\)\]")  # a picture from elsewhere, in a link
 STATUS = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*/actions/[^)]*\)\n*")  # of today, not a page's
 LINK = re.compile(r'((?<!!)\[[^\]]*\]\(|href=")([^)#"\s:]+)')
+COLAB = f"{REPOSITORY.replace('github.com', 'colab.research.google.com/github')}/blob/main"
+# What only a kernel can do; sliders move in a page too.
+WIDGET = re.compile(r"^controls\.your_", re.MULTILINE)
+NEEDS_KERNEL = (
+    '<p class="needs-kernel">This needs a running notebook: <a href="{}">open it in Colab</a> '
+    "or with <code>make lab</code>. Below is what it shows first.</p>\n"
+)
 PICTURE = re.compile(r"<picture>.*?</picture>", re.DOTALL)
 DARK = re.compile(r'\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">')
 # circuitsvis' view: an empty place that is never closed, and a script from a CDN.
@@ -118,7 +125,10 @@ def notebook_page(notebook: NotebookNode, place: str) -> NotebookNode:
             }
         figures = [output for output in shown if PLOTLY in output.data]
         for output in figures:
-            output.data = {"text/html": drawn_by("plotly.min.js", _figure(output))}
+            html = drawn_by("plotly.min.js", _figure(output))
+            if WIDGET.search(cell.source):
+                html = NEEDS_KERNEL.format(f"{COLAB}/{place}") + html
+            output.data = {"text/html": html}
         if views:  # a figure beside a view is its still picture, for where scripts are stripped
             cell.outputs = [output for output in cell.outputs if output not in figures]
     return notebook
@@ -155,7 +165,8 @@ def results() -> str:
             if path.name != SEEDS_FILE:
                 ledger = read_json(path)
                 rules = [Rule(c["source"], claims[c["id"]].rule) for c in ledger["claims"]]
-                table = LedgerTable(ledger["claims"], rules)._repr_html_()
+                name = f"{folder.name[:9]}-{path.stem}"
+                table = LedgerTable(ledger["claims"], rules, name)._repr_html_()
                 parts += [f"### {ledger['model']}", table, heads_table(ledger)]
     return "\n\n".join(parts)
 

@@ -44,6 +44,8 @@ def plain(value: float | None) -> float | None:
 def cells(claim: dict) -> tuple[str, str, str]:
     """Verdict with its sign, published figure and our figure of an entry, as text."""
     published = "–" if claim["published"] is None else str(claim["published"])
+    if not isinstance(claim["published"], str):  # in words a dash is no sign
+        published = published.replace("-", "−")
     if claim["published_model"]:
         published += f" ({claim['published_model']})"
     return f"{SIGNS[claim['verdict']]} {verdict(claim)}", published, _figure(claim)
@@ -84,8 +86,16 @@ def counts(claims: Iterable[dict]) -> str:
 
 def verdict(claim: dict) -> str:
     """An entry's verdict in words, with the number of seeds if it was merged over some."""
-    seeds = claim.get("holds_in", "").replace("/", " of ")
-    return claim["verdict"] + (f" (in {seeds} seeds)" if seeds else "")
+    over = seeds(claim)
+    if claim["verdict"] == HOLDS:
+        over = over.removeprefix("holds ")
+    return claim["verdict"] + (f" ({over})" if over else "")
+
+
+def seeds(claim: dict) -> str:
+    """In how many seeds an entry holds, in words; nothing if it was not merged over any."""
+    held = claim.get("holds_in", "").replace("/", " of ")
+    return f"holds in {held} seeds" if held else ""
 
 
 def merge_seeds(full: dict, seeds: Iterable[dict]) -> dict:

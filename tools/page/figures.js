@@ -1,0 +1,209 @@
+// Fits plotly figures to the page that shows them: titles as wide as it is, panels below each other
+// on a phone, colours for a dark page, and a slider that fingers and keys can move.
+const NARROW = matchMedia("(max-width: 599px)");
+const LINE = { title: 22, subtitle: 18 }; // pixels of a line, as utils/look.py has them
+const LETTER = { title: 8.8, subtitle: 6.3, axis: 8.5 }; // mean width in pixels
+const pen = document.createElement("canvas").getContext("2d");
+
+// Draws each figure when it comes near the screen (a page has dozens of them), and again when a phone
+// is turned or the scheme of page or system changes. `figures` maps a place to what gives its figure.
+function keepDrawn(figures) {
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+        observer.unobserve(target);
+        drawFigure(target, figures.get(target)());
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  function drawAll() {
+    observer.disconnect();
+    for (const place of figures.keys()) observer.observe(place);
+  }
+  drawAll();
+  for (const query of [NARROW, matchMedia("(prefers-color-scheme: dark)")]) {
+    query.addEventListener("change", drawAll);
+  }
+  new MutationObserver(drawAll).observe(document.body, { attributeFilter: ["data-theme"] });
+}
+
+function drawFigure(place, { data, layout, frames }) {
+  let shown = structuredClone({ data, layout });
+  const width = place.clientWidth;
+  const stacked = NARROW.matches && stackPanels(shown, width);
+  wrapTitles(shown.layout, width);
+  wrapAxisTitles(shown.layout);
+  if (isDark()) shown = turned(shown);
+  const [slider] = shown.layout.sliders ?? [];
+  delete shown.layout.sliders;
+  Object.assign(shown.layout, { paper_bgcolor: "transparent", plot_bgcolor: "transparent" });
+  if (NARROW.matches) shown.layout.dragmode = false; // a finger scrolls the page
+  place.style.height = `${shown.layout.height}px`;
+  const config = { responsive: true, displaylogo: false };
+  if (NARROW.matches) config.displayModeBar = false; // it would lie over the title
+  Plotly.newPlot(place, { ...shown, frames, config }).then(() => {
+    if (stacked) giveRoom(place, stacked);
+    if (slider) addSlider(place, slider);
+  });
+}
+
+// Legends and turned labels take their room from the panels: only what is drawn tells how much.
+function giveRoom(place, wanted) {
+  const height = place.layout.height + wanted - place._fullLayout._size.h;
+  place.style.height = `${height}px`;
+  Plotly.relayout(place, { height });
+}
+
+function isDark() {
+  return getComputedStyle(document.body).backgroundColor.match(/\d+/)[0] < 100;
+}
+
+// plotly's own slider cannot be reached by key, and is too small for a finger.
+function addSlider(place, { active, currentvalue, steps }) {
+  const before = place.parentElement.querySelector(".steps");
+  const box = document.createElement("label");
+  const value = document.createElement("output");
+  const range = document.createElement("input");
+  Object.assign(range, { type: "range", min: 0, max: steps.length - 1 });
+  range.value = before ? before.querySelector("input").value : active;
+  function show() {
+    const { method, args, label } = steps[range.value];
+    value.textContent = `${currentvalue.prefix}${label}`;
+    range.setAttribute("aria-valuetext", label);
+    Plotly[method](place, ...args).catch(() => {}); // a later step has overtaken it
+  }
+  range.addEventListener("input", show);
+  box.className = "steps";
+  box.append(value, range);
+  if (before) before.replaceWith(box);
+  else place.after(box);
+  show();
+}
+
+// Titles
+
+function wrapTitles(layout, width) {
+  const { title } = layout;
+  if (!title?.text) return;
+  for (const [kind, part] of [["title", title], ["subtitle", title.subtitle ?? {}]]) {
+    const text = rewrapped(part.text ?? "", (width - 20) / LETTER[kind]);
+    const more = LINE[kind] * (lines(text) - lines(part.text ?? ""));
+    layout.margin.t += more;
+    layout.height += more;
+    part.text = text;
+  }
+}
+
+function wrapAxisTitles(layout) {
+  const plot = layout.height - (layout.margin?.t ?? 82) - 60;
+  const axes = Object.keys(layout).filter((name) => /^yaxis\d*$/.test(name));
+  for (const { title, domain = [0, 1] } of axes.map((name) => layout[name])) {
+    if (title?.text) {
+      const letters = (plot * (domain[1] - domain[0])) / LETTER.axis;
+      title.text = rewrapped(title.text, Math.max(letters, 12));
+    }
+  }
+}
+
+function rewrapped(text, letters) {
+  if (/<(?!br>)/.test(text)) return text; // marked text is laid out by who marked it
+  const rows = [""];
+  for (const word of text.replaceAll("-<br>", "-").replaceAll("<br>", " ").split(" ")) {
+    const row = `${rows.at(-1)} ${word}`.trim();
+    if (row.length <= letters || !rows.at(-1)) rows[rows.length - 1] = row;
+    else rows.push(word);
+  }
+  return rows.join("<br>");
+}
+
+function lines(text) {
+  return text.split("<br>").length;
+}
+
+// Panels
+
+// Two or three panels in a row go below each other; more of them, small maps, become square.
+// Returns the height in pixels of all panels together, 0 where nothing is moved.
+function stackPanels({ data, layout }, width) {
+  const panels = Object.keys(layout)
+    .filter((name) => /^xaxis\d*$/.test(name))
+    .map((name) => {
+      const x = layout[name];
+      const y = layout[`yaxis${(x.anchor ?? "y").slice(1)}`] ?? {};
+      return { x, y, across: x.domain ?? [0, 1], up: y.domain ?? [0, 1] };
+    });
+  const rows = Object.values(Object.groupBy(panels, ({ up }) => up[1].toFixed(3)));
+  if (!rows.some((row) => row.length > 1)) return 0;
+  rows.sort(([a], [b]) => b.up[1] - a.up[1]);
+  const plot = layout.height - layout.margin.t - 60;
+  const slots = rows.flatMap((row) => (row.length > 3 ? [row] : row.map((panel) => [panel])));
+  let top = 0;
+  for (const slot of slots) {
+    const [{ x, across, up }] = slot;
+    slot.height = slot.length > 1
+      ? (width - 100) * (across[1] - across[0])
+      : Math.min(plot * (up[1] - up[0]), width);
+    slot.top = top;
+    top += slot.height + (x.showticklabels === false ? 34 : 100);
+  }
+  const total = slots.at(-1).top + slots.at(-1).height;
+  layout.height += total - plot;
+  for (const slot of slots) {
+    for (const panel of slot) placePanel(panel, slot, total, layout);
+  }
+  for (const row of rows.filter((row) => row.length === 2 || row.length === 3)) {
+    for (const { y } of row.slice(1)) {
+      delete y.showticklabels; // those on the left had spoken for them
+      y.title = { ...row[0].y.title, ...y.title };
+    }
+  }
+  if (layout.coloraxis) {
+    const bar = { lenmode: "pixels", len: 220, y: 1, yanchor: "top" };
+    layout.coloraxis.colorbar = { ...layout.coloraxis.colorbar, ...bar };
+  }
+  return total;
+}
+
+function placePanel({ x, y, across, up }, slot, total, layout) {
+  const middle = (across[0] + across[1]) / 2;
+  if (slot.length === 1) x.domain = [0, 1];
+  y.domain = [1 - (slot.top + slot.height) / total, 1 - slot.top / total];
+  y.domain[0] = Math.max(y.domain[0], 0);
+  for (const heading of layout.annotations ?? []) {
+    const here = Math.abs(heading.x - middle) < 0.01 && Math.abs(heading.y - up[1]) < 0.01;
+    if (heading.yref === "paper" && here && !heading.placed) {
+      heading.placed = true;
+      heading.x = (x.domain[0] + x.domain[1]) / 2;
+      heading.y = y.domain[1];
+    }
+  }
+}
+
+// Colours
+
+// A figure for a dark page: each colour keeps its hue and has the opposite lightness.
+function turned(value, key = "") {
+  if (Array.isArray(value)) return value.map((item) => turned(item, key));
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, turned(item, name)]));
+  }
+  if (typeof value !== "string") return value;
+  if (/color/i.test(key)) return turnedColour(value);
+  if (key !== "text") return value;
+  return value
+    .replace("darker is more", "brighter is more")
+    .replace(/color: ?(#\w+)/g, (_, colour) => `color:${turnedColour(colour)}`);
+}
+
+function turnedColour(colour) {
+  if (!CSS.supports("color", colour)) return colour; // the name of an axis or of a scale
+  pen.fillStyle = colour; // which then reads #rrggbb or rgba(r, g, b, a)
+  const [red, green, blue, alpha = 1] = pen.fillStyle.startsWith("#")
+    ? pen.fillStyle.match(/\w\w/g).map((part) => parseInt(part, 16))
+    : pen.fillStyle.match(/[\d.]+/g).map(Number);
+  const shift = 255 - Math.max(red, green, blue) - Math.min(red, green, blue);
+  // black becomes white, and white the colour of the page
+  const parts = [red, green, blue].map((part) => Math.round(20 + 0.92 * (part + shift)));
+  return `rgba(${parts.join(", ")}, ${alpha})`;
+}
