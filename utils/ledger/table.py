@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, seeds
+from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, others, seeds
 
 # White on these, and these on white, have a contrast of at least 4.5; the sign says the same.
 COLOURS = {HOLDS: "#1a7f37", FAILS: "#b3261e", UNDECIDED: "#7a5c00"}
@@ -39,7 +39,8 @@ class LedgerTable:
         lines = [f"{counts(self.claims)}."]
         for claim in self.claims:
             verdict, published, figure = cells(claim)
-            figures = f"ours {figure}; published {published}"
+            with_ = f" with {others(claim)}" if others(claim) else ""
+            figures = f"ours {figure}{with_}; published {published}"
             lines.append(f"{verdict}: {claim['statement']}: {figures}")
         return "\n".join(lines)
 
@@ -64,7 +65,8 @@ def _links(words: str, claims: list[tuple[str, dict]]) -> str:
 def _row(anchor: str, claim: dict, rule: Rule) -> str:
     _, published, figure = map(escape, cells(claim))
     badge = f"{SIGNS[claim['verdict']]} {claim['verdict']}"
-    spread = f"<div>{seeds(claim)}</div>" if seeds(claim) else ""
+    why = f"with {others(claim)}" if claim["verdict"] != HOLDS and others(claim) else ""
+    more = "".join(f"<div>{escape(text)}</div>" for text in (why, seeds(claim)) if text)
     return (
         f'<div id="{anchor}" style="{ROW}">'
         f'<div style="flex:0 0 9em"><span style="{BADGE}{COLOURS[claim["verdict"]]}">'
@@ -73,5 +75,5 @@ def _row(anchor: str, claim: dict, rule: Rule) -> str:
         f"<details><summary>rule and source</summary>{escape(rule.words)} "
         f"<i>{escape(rule.source)}</i></details></div>"
         f'<div><div style="white-space:nowrap">ours: <b>{figure}</b></div>'
-        f"{spread}<div>published: {published}</div></div></div></div>"
+        f"{more}<div>published: {published}</div></div></div></div>"
     )
