@@ -115,7 +115,8 @@ def draw(shots: Sequence[Snapshot], dark: bool = False) -> list[Image.Image]:
             side_of_end = "r" if x > (left + right) / 2 else "l"
             anchor = side_of_end + ("b" if above else "t")
             off = 10 if not above else -10 if copy == 0 else -30
-            pen.text((x, y + off), name, copies[copy], small, anchor=anchor)
+            along = 16 if side_of_end == "r" else 0
+            pen.text((x + along, y + off), name, copies[copy], small, anchor=anchor)
         frame = with_palette(frame).convert("RGBA")
         clear = (np.asarray(frame)[..., :3] == ImageColor.getrgb(page)).all(-1)
         frame.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
