@@ -238,6 +238,20 @@ def test_a_stored_picture_is_light_and_in_words():
     assert 'alt="T. y against x. a, b"' in page
 
 
+def test_a_figure_for_the_readme_is_narrower_than_in_the_notebook(tmp_path, monkeypatch):
+    asked = {}
+    draw = lambda figure, kind, **size: asked.update(size) or FILE.getvalue()  # noqa: E731
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", draw)
+    figure = plotting.bars(["a"], [1], title="T", y_label="y")
+    data = {"image/png": PNG, notebook_outputs.PLOTLY: json.loads(figure.to_json())}
+    cell = new_code_cell("1", outputs=[new_output("display_data", data)])
+    cell.metadata.tags = ["readme-figure:effect"]
+    notebook_outputs.write_figures(new_notebook(cells=[cell]), tmp_path)
+    assert asked == dict(width=640, height=figure.layout.height, scale=2)
+    with Image.open(tmp_path / "figures/effect.png") as picture:
+        assert picture.mode == "P"
+
+
 def test_a_figure_for_the_readme_needs_a_picture(tmp_path):
     cell = new_code_cell("1", metadata={"tags": ["readme-figure:effect"]})
     with pytest.raises(ValueError, match="readme-figure:effect"):
