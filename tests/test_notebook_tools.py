@@ -201,6 +201,10 @@ def test_flat_areas_of_a_stored_picture_keep_their_colours_and_edges_share_a_few
     assert [light.convert("RGB").getpixel((100 * i + 9, 9)) for i in range(4)] == palest
     assert light.convert("RGB").getpixel((399, 0)) == (255, 255, 255)
     assert len(light.getcolors()) <= len(palest) + 1 + pictures.EDGES
+    bar = Image.new("RGB", (200, 300), "white")  # of colours, one in a row
+    for y in range(300):
+        bar.paste((y * 255 // 300, 80, 200), (50, y, 78, y + 1))
+    assert len(pictures.with_palette(bar).getcolors()) >= pictures.ROWS
     many = Image.merge("RGB", [Image.linear_gradient("L"), *Image.radial_gradient("L").split() * 2])
     many = pictures.with_palette(many.resize((768, 768), Image.Resampling.NEAREST))
     assert len(many.getcolors()) <= 256
@@ -236,6 +240,20 @@ def test_a_stored_picture_is_light_and_in_words():
         assert picture.size == (400, 400)
     page = pages.to_html(notebook, "page")
     assert 'alt="T. y against x. a, b"' in page
+
+
+def test_a_figure_for_the_readme_is_narrower_than_in_the_notebook(tmp_path, monkeypatch):
+    asked = {}
+    draw = lambda figure, kind, **size: asked.update(size) or FILE.getvalue()  # noqa: E731
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", draw)
+    figure = plotting.bars(["a"], [1], title="T", y_label="y")
+    data = {"image/png": PNG, notebook_outputs.PLOTLY: json.loads(figure.to_json())}
+    cell = new_code_cell("1", outputs=[new_output("display_data", data)])
+    cell.metadata.tags = ["readme-figure:effect"]
+    notebook_outputs.write_figures(new_notebook(cells=[cell]), tmp_path)
+    assert asked == dict(width=640, height=figure.layout.height, scale=2)
+    with Image.open(tmp_path / "figures/effect.png") as picture:
+        assert picture.mode == "P"
 
 
 def test_a_figure_for_the_readme_needs_a_picture(tmp_path):

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import plotly.graph_objects as go
 from nbformat import NotebookNode
 from PIL import Image
 
@@ -28,6 +29,7 @@ SEEDS_FILE = "toy_seeds.json"
 MAX_BYTES = 2 * 2**20
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURE_TAG = "readme-figure:"
+README_WIDTH = 640
 # Pictures beside the interactive form, and light attention views: what GitHub can show.
 STORED_ENV = {
     "PLOTLY_RENDERER": "plotly_mimetype+png",
@@ -166,7 +168,17 @@ def write_figures(notebook: NotebookNode, project: Path) -> None:
                 if not shown:
                     raise ValueError(f"{tag}: its cell shows no picture")
                 picture = base64.b64decode(shown[0]["image/png"])
+                if PLOTLY in shown[0]:
+                    picture = for_readme(shown[0][PLOTLY])
                 write_file(project / "figures" / f"{name}.png", picture)
+
+
+def for_readme(figure: dict) -> bytes:
+    """A figure drawn narrower than in a notebook: its letters are then larger on a phone."""
+    drawn = go.Figure(figure["data"], figure["layout"])
+    size = dict(width=README_WIDTH, height=drawn.layout.height, scale=2)
+    with Image.open(BytesIO(drawn.to_image("png", **size))) as picture:
+        return png(with_palette(picture))
 
 
 def write_readmes() -> None:

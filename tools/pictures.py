@@ -1,14 +1,16 @@
 """What a notebook stores of a figure, made light: the picture beside it, and its numbers."""
 
 import base64
+import itertools
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
-# Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, so that a
-# colour bar can be read. Edges of letters and lines, where most of the bytes go, share a few.
-EDGES, COLOURS = 12, 256
+# Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, up to so
+# many, and a colour bar, whose rows are of one colour, has enough to be read. Edges of letters and
+# lines, where most of the bytes go, share a few.
+FLAT, ROWS, EDGES = 196, 24, 10
 # This method and k-means keep rare colours; the default does not.
 PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
@@ -16,9 +18,12 @@ PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.
 def with_palette(picture: Image.Image) -> Image.Image:
     """The picture with at most 256 colours, those of flat areas unchanged unless there are more."""
     rgb = np.asarray(picture.convert("RGB"))
-    flat, index = _flat(rgb), np.zeros(rgb.shape[:2], np.uint8)
+    flat, index = _blocks(rgb, 2, 2), np.zeros(rgb.shape[:2], np.uint8)
+    rows = _blocks(rgb, 1, 16) & ~flat
     palettes, first = [], 0
-    for where, most in ((flat, COLOURS - EDGES), (~flat, EDGES)):
+    for where, most in ((flat, FLAT), (rows, ROWS), (~flat & ~rows, EDGES)):
+        if not where.any():
+            continue
         palette, index_there = _palette(rgb[where], most)
         index[where] = index_there + first
         palettes.append(palette)
@@ -28,14 +33,17 @@ def with_palette(picture: Image.Image) -> Image.Image:
     return light
 
 
-def _flat(rgb: np.ndarray) -> np.ndarray:
-    """Which pixels lie in a square of two by two that has one colour."""
-    same = np.ones([n - 1 for n in rgb.shape[:2]], bool)
-    for right, down in ((0, 1), (1, 0), (1, 1)):
-        other = rgb[down : down + len(same), right : right + same.shape[1]]
-        same &= (rgb[:-1, :-1] == other).all(-1)
-    padded = np.pad(same, 1)
-    return padded[1:, 1:] | padded[:-1, 1:] | padded[1:, :-1] | padded[:-1, :-1]
+def _blocks(rgb: np.ndarray, n_down: int, n_right: int) -> np.ndarray:
+    """Which pixels lie in a block of that size that has one colour."""
+    height, width = rgb.shape[0] - n_down + 1, rgb.shape[1] - n_right + 1
+    offsets = list(itertools.product(range(n_down), range(n_right)))
+    same, inside = np.ones((height, width), bool), np.zeros(rgb.shape[:2], bool)
+    for down, right in offsets:
+        other = rgb[down : down + height, right : right + width]
+        same &= (rgb[:height, :width] == other).all(-1)
+    for down, right in offsets:
+        inside[down : down + height, right : right + width] |= same
+    return inside
 
 
 def _palette(pixels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
