@@ -31,9 +31,11 @@ function keepDrawn(figures) {
 function drawFigure(place, { data, layout, frames }) {
   let shown = structuredClone({ data, layout });
   const width = place.clientWidth;
-  const stacked = NARROW.matches && stackPanels(shown, width);
+  shown.layout = { height: 450, ...shown.layout, margin: { t: 82, ...shown.layout.margin } };
+  if (NARROW.matches) stackPanels(shown, width);
   wrapTitles(shown.layout, width);
-  wrapAxisTitles(shown.layout);
+  wrapAxisTitles(shown.layout, width);
+  const wanted = plotHeight(shown.layout);
   if (isDark()) shown = turned(shown);
   const [slider] = shown.layout.sliders ?? [];
   delete shown.layout.sliders;
@@ -43,16 +45,20 @@ function drawFigure(place, { data, layout, frames }) {
   const config = { responsive: true, displaylogo: false };
   if (NARROW.matches) config.displayModeBar = false; // it would lie over the title
   Plotly.newPlot(place, { ...shown, frames, config }).then(() => {
-    if (stacked) giveRoom(place, stacked);
+    if (NARROW.matches) giveRoom(place, wanted);
     if (slider) addSlider(place, slider);
   });
 }
 
 // Legends and turned labels take their room from the panels: only what is drawn tells how much.
 function giveRoom(place, wanted) {
-  const height = place.layout.height + wanted - place._fullLayout._size.h;
+  const height = place.layout.height + Math.max(wanted - place._fullLayout._size.h, 0);
   place.style.height = `${height}px`;
   Plotly.relayout(place, { height });
+}
+
+function plotHeight({ height, margin }) {
+  return height - margin.t - (margin.b ?? 60);
 }
 
 function isDark() {
@@ -95,14 +101,12 @@ function wrapTitles(layout, width) {
   }
 }
 
-function wrapAxisTitles(layout) {
-  const plot = layout.height - (layout.margin?.t ?? 82) - 60;
-  const axes = Object.keys(layout).filter((name) => /^yaxis\d*$/.test(name));
-  for (const { title, domain = [0, 1] } of axes.map((name) => layout[name])) {
-    if (title?.text) {
-      const letters = (plot * (domain[1] - domain[0])) / LETTER.axis;
-      title.text = rewrapped(title.text, Math.max(letters, 12));
-    }
+function wrapAxisTitles(layout, width) {
+  const room = { x: width - 100, y: plotHeight(layout) };
+  for (const name of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
+    const { title, domain = [0, 1] } = layout[name];
+    const letters = (room[name[0]] * (domain[1] - domain[0])) / LETTER.axis;
+    if (title?.text) title.text = rewrapped(title.text, Math.max(letters, 12));
   }
 }
 
@@ -124,7 +128,6 @@ function lines(text) {
 // Panels
 
 // Two or three panels in a row go below each other; more of them, small maps, become square.
-// Returns the height in pixels of all panels together, 0 where nothing is moved.
 function stackPanels({ data, layout }, width) {
   const panels = Object.keys(layout)
     .filter((name) => /^xaxis\d*$/.test(name))
@@ -134,9 +137,9 @@ function stackPanels({ data, layout }, width) {
       return { x, y, across: x.domain ?? [0, 1], up: y.domain ?? [0, 1] };
     });
   const rows = Object.values(Object.groupBy(panels, ({ up }) => up[1].toFixed(3)));
-  if (!rows.some((row) => row.length > 1)) return 0;
+  if (!rows.some((row) => row.length > 1)) return;
   rows.sort(([a], [b]) => b.up[1] - a.up[1]);
-  const plot = layout.height - layout.margin.t - 60;
+  const plot = plotHeight(layout);
   const slots = rows.flatMap((row) => (row.length > 3 ? [row] : row.map((panel) => [panel])));
   let top = 0;
   for (const slot of slots) {
@@ -162,7 +165,6 @@ function stackPanels({ data, layout }, width) {
     const bar = { lenmode: "pixels", len: 220, y: 1, yanchor: "top" };
     layout.coloraxis.colorbar = { ...layout.coloraxis.colorbar, ...bar };
   }
-  return total;
 }
 
 function placePanel({ x, y, across, up }, slot, total, layout) {
