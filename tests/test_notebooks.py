@@ -112,21 +112,21 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
     path, notebook, tmp_path, capfd, gpt2_stand_in
 ):
     """Random weights that go by GPT-2 small's label: what is asked of that model alone is run."""
-    ways = {"as shipped": notebook, "solved": solve(notebook), "wrong": answer_wrong(notebook)}
-    ways["each cell twice"] = twice(notebook)
+    ways = {"as shipped": (notebook, 1), "wrong": (answer_wrong(notebook), 1)}
+    ways["solved, each cell twice"] = (twice(solve(notebook)), 2)
     ledgers = {}
-    for name, answered in ways.items():
+    for name, (answered, times) in ways.items():
         with capfd.disabled():
             print()
             results = tmp_path / name
             ledgers[name] = run_on_random_weights(answered, path, results, gpt2_stand_in)
-        for place in find_exercises(notebook) if name != "each cell twice" else ():
-            outputs = answered.cells[place.stub].outputs
-            said = "".join(output.get("text", "") for output in outputs)
-            right = name == "solved" and place.solution is not None
-            assert (f"{place.exercise}: {RIGHT}." in said) == right, said
-            failed = any(output.output_type == "error" for output in outputs)
-            assert name != "wrong" or failed or WRONG in said, said
+        for place in find_exercises(notebook):
+            for stub in answered.cells[times * place.stub : times * (place.stub + 1)]:
+                said = "".join(output.get("text", "") for output in stub.outputs)
+                right = name.startswith("solved") and place.solution is not None
+                assert (f"{place.exercise}: {RIGHT}." in said) == right, said
+                failed = any(output.output_type == "error" for output in stub.outputs)
+                assert name != "wrong" or failed or WRONG in said, said
         said = str([cell.get("outputs") for cell in answered.cells])
         assert "takes over" not in said
     shipped = ledgers["as shipped"]
