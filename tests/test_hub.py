@@ -154,7 +154,7 @@ def test_download_then_the_same_without_the_hub(random_gpt2_folder, random_gpt2,
     assert f"Weights: Hugging Face hub, someone/tiny at commit {COMMIT[:12]}." in printed
     for name in ("nobody/nothing", "gated/model"):
         _, error, message = online[name]
-        assert error == "ValueError" and "no such model on the hub" in message
+        assert error == "ValueError" and "no such model or revision on the hub" in message
         assert name in message and "set HF_TOKEN" in message
     assert any("model.safetensors" in path for path in asked)
     assert not any("pytorch_model.bin" in path for path in asked)
