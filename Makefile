@@ -49,7 +49,6 @@ test-oldest test-newest: test-%:
 	$(if $(LENS),.venv-$*/bin/python -m pip install --no-deps "$(LENS)")
 	.venv-$*/bin/python -m pytest tests -m "not nightly" $(UNIT) $(WORKERS) $(ARGS)
 
-
 lint: $(INSTALLED) ## check style and format, the notebooks included
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
