@@ -5,6 +5,7 @@ comparison only. Lists of heads run from the strongest to the weakest, and may b
 passed by more than two standard errors of what is compared; within them a claim is undecided.
 """
 
+from census_claims import CLAIMS as CENSUS
 from utils.ledger.claims import Claim
 from utils.ledger.rules import above, below, every
 
@@ -256,3 +257,4 @@ CLAIMS: dict[str, Claim] = {
         ),
     ),
 }
+CLAIMS |= CENSUS

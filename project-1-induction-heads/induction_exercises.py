@@ -29,6 +29,7 @@ from induction_exercises_causal import (
     repeats,
     tiny_model,
 )
+from induction_exercises_census import fit_exponent
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,10 +39,11 @@ from utils import heads, metrics, prompts, toy, weights
 from utils.edits import record
 from utils.exercises.learner import Watched
 
-__all__ = [  # those that edit runs
+__all__ = [  # those that edit runs, and the census's
     "ablate_head",
     "ablation_experiment",
     "cut_inputs",
+    "fit_exponent",
     "normalised_effect",
     "patch_every_head",
     "patch_head_input",

@@ -15,7 +15,7 @@ from numpy import s_
 from torch.linalg import eigvals, norm
 from torch.nn import functional
 
-from utils import ablation, heads, metrics, patching, weights
+from utils import ablation, heads, metrics, patching, power_law, weights
 from utils.edits import Edit, Run, heads_from, hooks, record
 from utils.exercises.exercise import set_at
 
@@ -793,6 +793,29 @@ SIZES = (
     lambda m: math.sqrt(sum(x * x for row in m.tolist() for x in row)),
     lambda m: torch.linalg.svdvals(m.double()).square().sum().sqrt(),
 )
+# The exponent of a power law
+
+
+def exponent_by_lstsq(x, y):
+    columns = torch.stack([x.log2(), torch.ones_like(x)], dim=1)
+    return torch.linalg.lstsq(columns, y.log2()[:, None]).solution[0, 0]
+
+
+def exponent_by_loop(x, y):
+    a, b = [math.log10(v) for v in x], [math.log10(v) for v in y]
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    across = sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b, strict=True))
+    return across / sum((p - mean_a) ** 2 for p in a)
+
+
+def exponent_by_descent(x, y):
+    a, b = x.log() - x.log().mean(), y.log() - y.log().mean()
+    slope = 0.0
+    for _ in range(300):
+        slope += 0.5 * (a * (b - slope * a)).mean() / a.square().mean()
+    return slope
+
+
 RIGHT = {
     "stream_norms": [
         norms_by_hook,
@@ -927,6 +950,14 @@ RIGHT = {
         inputs_by_where,
         inputs_in_another_order,
     ],
+    "fit_exponent": [
+        lambda x, y: np.polyfit(np.log(x.numpy()), np.log(y.numpy()), 1)[0],
+        lambda x, y: torch.cov(torch.stack([x.log(), y.log()]))[0, 1] / x.log().var(),
+        exponent_by_lstsq,
+        exponent_by_loop,
+        exponent_by_descent,
+        lambda x, y: power_law.fit_power_law({"x": x}, y, torch.arange(len(x)) * 0, 1)[1]["x"].mean,
+    ],
 }
 
 
@@ -1017,5 +1048,7 @@ WRONG = [
         partial(experiment_by_edits, control=any_heads),
         "one from the layer of each",
     ),
+    ("fit_exponent", lambda x, y: -exponent_by_loop(x, y), "signs are turned round"),
+    ("fit_exponent", lambda x, y: 2 * exponent_by_loop(x, y), "Off by up to"),
     ("patch_inputs", hooks_left, "leaves hooks on the model"),
 ]

@@ -160,7 +160,7 @@ def test_random_weights_in_gpt2_smalls_full_shape_take_no_more_memory_than_a_lap
 
 def test_every_claim_of_the_notebook_is_tested(path):
     committed = {c["id"] for c in read_json(path.parent / "results" / f"{MODEL}.json")["claims"]}
-    # those of the census stand with their project's once its notebook records them
+    # those of the census stand with their project's
     (module,) = (m for m in path.parent.glob("*_claims.py") if m.stem != "census_claims")
     claims = import_module(module.stem).CLAIMS
     assert committed == {i for i, claim in claims.items() if claim.only_for in (None, MODEL)}
