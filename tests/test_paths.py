@@ -55,6 +55,15 @@ def recipe(model, original, new, sender, receivers=(), site=None, positions=None
     return metric(model.run_with_hooks(original, fwd_hooks=hooks))
 
 
+@pytest.mark.parametrize("to", [{}, {"receivers": [(1, 1)], "site": "q"}])
+def test_in_a_model_with_hooks_paths_are_those_of_that_model(small_model, to):
+    original, new = prompts(small_model)
+    with small_model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: 0.5 * x)]):
+        got = path_patch(small_model, original, new, metric, [(0, 2)], **to)
+        want = recipe(small_model, original, new, (0, 2), **to)
+    torch.testing.assert_close(got[:, 0], want, **CLOSE)
+
+
 def test_every_head_to_the_logits(small_model):
     original, new = prompts(small_model)
     got = path_patch(small_model, original, new, metric)

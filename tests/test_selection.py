@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from utils import circuit as c
+from utils.ablation import mean_run
 from utils.edits import Run
 from utils.heads import Head
 from utils.ioi import ioi_prompts
@@ -40,6 +41,14 @@ def test_attributions_add_up_to_what_all_heads_do(random_gpt2):
     torch.testing.assert_close(total, done, atol=0.02 * done.abs().max().item(), rtol=0)
     assert not any(hook.fwd_hooks for hook in random_gpt2.hook_dict.values())
     assert not torch.is_grad_enabled()
+
+
+def test_one_mean_may_stand_for_all_prompts(random_gpt2):
+    prompts = ioi_prompts(random_gpt2, 18, seed=1)  # more than a batch
+    alike = mean_run(random_gpt2, prompts.tokens)
+    spread = {name: z.expand(18, *z.shape[1:]) for name, z in alike.activations.items()}
+    got, want = (node_attribution(random_gpt2, prompts, m, 1) for m in (alike, Run(spread)))
+    torch.testing.assert_close(got, want)
 
 
 def test_a_planted_circuit_comes_first():

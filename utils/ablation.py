@@ -64,8 +64,9 @@ def pattern_preserving(
     lowest = min(head.layer for head in heads)
     above = [head for head in all_heads(model) if head.layer >= lowest]
     kept = heads_from(model, above, patterns, "pattern")
-    own = patterns.tokens is not None
-    return [*(edit._replace(same_prompts=own) for edit in kept), *zero]
+    # where they are known, a sweep sees to it that the patterns are of its own prompts
+    known = patterns.tokens is not None
+    return [*(edit._replace(same_prompts=known) for edit in kept), *zero]
 
 
 @checked
@@ -85,6 +86,7 @@ def losses(
     columns = indices("columns", range(n_columns) if columns is None else columns, n_columns)
     loss = TokenLoss(tokens[:, [column + 1 for column in columns]])
     edits = list(interventions.values())
+    # the loss in column i is read at position i
     found = sweep(model, tokens, loss, edits, read=columns, desc="ablating")
     result = found.new_full((len(found), len(tokens), n_columns), math.nan)
     result[:, :, columns] = found
@@ -132,6 +134,8 @@ def control_sizes(
     There is none for more heads than are ranked. Raises ValueError as `check_heads`.
     """
     ranked = check_heads(model, ranked, name="ranked", distinct=True)
-    sizes = [k for k in indices("sizes", sizes, 2**31) if k <= len(ranked)]
+    most = 2**31  # any whole number may be asked for
+    sizes = [k for k in indices("sizes", sizes, most) if k <= len(ranked)]
     room = Counter(head.layer for head in all_heads(model) if head not in ranked)
+    # no layer wants more heads than it has left
     return [k for k in sizes if Counter(head.layer for head in ranked[:k]) <= room]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.tools.analysis import direct_logit_attribution as by_component
+from transformer_lens.tools.analysis import direct_logit_attribution as tl_logit_attribution
 
 from utils.checks import check_range, check_tokens
 from utils.edits import check_sweep, hook_name, record
@@ -36,12 +36,12 @@ def direct_logit_attribution(
     Components are the embedding, positional embedding (if any), every layer's attention and MLP
     output, and the bias b_U of the unembedding. The last LayerNorm divides each prompt's residual
     stream by one number: every component is divided by that same number (and centred, where the
-    norm centres), so the values add up to the logit difference (before the model squashes its
-    logits, if it does). Raises ValueError for answers outside the vocabulary and for a model that
+    norm centres), so the values add up to the logit difference (before the model caps its logits,
+    as Gemma 2 does). Raises ValueError for answers outside the vocabulary and for a model that
     is not in compatibility mode; tokens as `check_tokens`.
     """
     cache = _at_the_end(model, tokens, answers, ["hook_attn_out", "hook_mlp_out"])
-    written = by_component(model, None, *answers.T, cache=cache)
+    written = tl_logit_attribution(model, None, *answers.T, cache=cache)  # None: no second run
     bias = model.b_U[answers[:, :1]] - model.b_U[answers[:, 1:]]
     return Attribution([*written.labels, "b_U"], torch.cat([written.attribution.T, bias], dim=1))
 
@@ -168,8 +168,8 @@ def attribution_patching(
     """Estimated change of the metric, had each head's output in the corrupted run been the clean.
 
     (clean - corrupted z) times the gradient of the metric on the corrupted run, summed over
-    positions: one forward and one backward pass for all heads at once, and a straight-line guess
-    at what `utils.patching` measures (Nanda 2023, "Attribution patching"). `metric` gets the
+    positions: two forward passes and a backward one for all heads at once, and a straight-line
+    guess at what `utils.patching` measures (Nanda 2023, "Attribution patching"). `metric` gets the
     logits of the last position, [prompt 1 vocab]. Raises ValueError for prompts that differ in
     shape, and a metric that is not one differentiable value per prompt; tokens as `check_tokens`.
     """
@@ -182,10 +182,10 @@ def attribution_patching(
         found.append(z)
         return z
 
-    hooks = [(hook_name(layer, "z"), keep) for layer in range(model.cfg.n_layers)]
+    kept = [(hook_name(layer, "z"), keep) for layer in range(model.cfg.n_layers)]
     # a gradient for the embedding, so that all that follows has one, frozen weights or not
-    hooks += [("hook_embed", lambda embedding, hook: embedding.requires_grad_())]
-    with torch.enable_grad(), model.hooks(fwd_hooks=hooks + last_position_hooks()):
+    kept += [("hook_embed", lambda embedding, hook: embedding.requires_grad_())]
+    with torch.enable_grad(), model.hooks(fwd_hooks=kept + last_position_hooks()):
         values = metric(model(corrupted))
         shape = tuple(values.shape)
         if shape != (len(corrupted),) or not values.requires_grad:
@@ -199,7 +199,7 @@ def attribution_patching(
 def _at_the_end(
     model: TransformerBridge, tokens: Tensor, answers: Tensor, sites: list[str]
 ) -> ActivationCache:
-    """Every layer's `sites` at the last position, run batch by batch, once `answers` is checked."""
+    """Every layer's `sites` at the last position, [prompt 1 ...], once `answers` is checked."""
     check_tokens(model, tokens, folded=True)  # the last LayerNorm's weights are in W_U
     if "attn.hook_z" in sites and getattr(model.blocks[0], "ln1_post", None) is not None:
         raise ValueError("model: its heads do not write to the residual stream one by one")

@@ -1,4 +1,4 @@
-"""What is refused before anything runs: what would fail deep inside, or give a wrong figure.
+"""What is refused before anything runs: what would fail deep inside, or give wrong values.
 
 Types, shapes and finite numbers are checked by `utils.typed`; here is what they cannot say.
 """
@@ -24,10 +24,11 @@ def start_token(model: TransformerBridge) -> int:
 
 @checked
 def check_model(model: TransformerBridge, folded: bool = True) -> None:
-    """Raise ValueError for a model in a state in which its figures are others, or too coarse.
+    """Raise ValueError for a model in a state that would give wrong or too coarse values.
 
-    `folded`: for what reads or replaces parts of a run, LayerNorm's weights and the biases of
-    values must be where compatibility mode puts them.
+    `folded`: for what reads or replaces parts of a run. Compatibility mode folds the weights of
+    each LayerNorm and the biases of values into the matrices beside them (TransformerLens's
+    `fold_ln`, `fold_value_biases`): what a part writes is then all in its own matrix.
     """
     if model.training:
         raise ValueError("model is in training mode: call model.eval()")

@@ -166,7 +166,7 @@ def check_prompts(prompts: Prompts, model: TransformerBridge | None = None) -> N
 def abc_means(
     model: TransformerBridge, prompts: IOIPrompts, site: str = "z"
 ) -> Float[Tensor, "template layer pos *rest"]:
-    """Mean over the ABC prompts of each template (section 2.1): of z, [.. head d_head], or a site.
+    """Mean of `site` over the ABC prompts of each template (section 2.1); of z, rest = head d_head.
 
     Take a larger draw than the prompts that are evaluated, with another seed. A template without
     prompts is nan. Raises as `record`, and ValueError for prompts without ABC ones.
@@ -176,13 +176,14 @@ def abc_means(
         raise ValueError(f"prompts.corrupted lacks 'abc', it has {list(prompts.corrupted)}")
     tokens = prompts.corrupted["abc"]
     template = prompts.template.to(tokens.device)
-    n_prompts = torch.bincount(template)
+    in_template = torch.bincount(template)  # how many prompts
     total: Tensor | float = 0.0
     batches = token_batches(model, tokens)
     for batch, which in zip(batches, template.split([len(b) for b in batches]), strict=True):
-        x = torch.stack(list(record(model, batch, [site]).activations.values()), dim=1)
-        total = total + x.new_zeros(len(n_prompts), *x.shape[1:]).index_add(0, which, x)
-    return total / n_prompts.view(-1, *[1] * (total.ndim - 1))
+        by_layer = list(record(model, batch, [site]).activations.values())
+        x = torch.stack(by_layer, dim=1)  # [prompt layer pos *rest]
+        total = total + x.new_zeros(len(in_template), *x.shape[1:]).index_add(0, which, x)
+    return total / in_template.view(-1, *[1] * (total.ndim - 1))
 
 
 @checked
@@ -208,7 +209,7 @@ def node_mask(
     return mask
 
 
-@partial(checked, gaps_in=("means",))
+@partial(checked, gaps_in=("means",))  # nan where `abc_means` had no prompts
 def means_run(
     prompts: IOIPrompts, means: Float[Tensor, "template layer pos *rest"], site: str = "z"
 ) -> Run:
@@ -224,7 +225,8 @@ def means_run(
     lacking = [t for t in template.unique().tolist() if t >= len(has) or not has[t]]
     if lacking:
         raise ValueError(f"means lacks template {lacking}: take them over more prompts")
-    return Run({hook_name(la, site): means[template, la] for la in range(means.shape[1])})
+    layers = range(means.shape[1])
+    return Run({hook_name(layer, site): means[template, layer] for layer in layers})
 
 
 @checked
@@ -307,11 +309,11 @@ def completeness(
 def gap_by_prompt(
     pairs: Mapping[str, tuple[Float[Tensor, "prompt"], Float[Tensor, "prompt"]]],
 ) -> Float[Tensor, "prompt"]:
-    """What each prompt adds to mean `|F(C - G) - F(M - G)|` over the roles G of `completeness`.
+    """How far circuit and model are apart without a role, prompt by prompt, as a share of F(M).
 
-    A share of `|F(M)|`, whose mean over the prompts is that distance: a prompt counts as negative
-    where its difference has the other sign than the mean. nan for a circuit without roles. Raises
-    ValueError for pairs without "none", or with nan.
+    With d = F(C - G) - F(M - G), the mean over the roles G of `completeness` of d sign(mean d),
+    over |mean F(M)|: its mean over the prompts is that of `|mean d|`, the distance of section 4.1.
+    nan for a circuit without roles. Raises ValueError for pairs without "none", or with nan.
     """
     if "none" not in pairs:
         raise ValueError(f"pairs must have 'none', got {list(pairs)}")
@@ -342,20 +344,21 @@ def minimality(
     choose = torch.ones(len(prompts.tokens), dtype=torch.bool) if choose is None else choose
     if len(choose) != len(prompts.tokens) or not choose.any():
         raise ValueError(f"choose must choose among {len(prompts.tokens)} prompts, got {choose}")
-    role_of: dict[Node, frozenset[Node]] = {}
+    role_of: dict[Node, frozenset[Node]] = {}  # each node's role: itself and those beside it
     for role, heads in circuit.items():
         group = frozenset(nodes({role: heads}))
         for head in heads:
             role_of.setdefault((Head(*head), ROLE_POSITIONS[role]), group)
-    removed = [frozenset()]
-    removed += [k for v, role in role_of.items() for k in (frozenset({v}), role - {v}, role)]
-    removed = list(dict.fromkeys(removed))
-    without = [knock_out(model, prompts, means, k) for k in removed]
+    none: frozenset[Node] = frozenset()
+    removed = {none: None}  # the sets whose F is needed, each once
+    for v, role in role_of.items():
+        removed |= dict.fromkeys((none | {v}, role - {v}, role))
+    without = [knock_out(model, prompts, means, nodes_out) for nodes_out in removed]
     kept = outside(model, prompts, means, set(role_of))
     f = dict(zip(removed, logit_diffs(model, prompts, without, base=kept), strict=True))
     result = {}
     for v, role in role_of.items():
-        alone = f[frozenset()] - f[frozenset({v})]
+        alone = f[none] - f[none | {v}]
         after_the_rest = f[role - {v}] - f[role]
         result[v] = max(alone, after_the_rest, key=lambda change: change[choose].mean().abs())
     return result

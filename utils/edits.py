@@ -36,7 +36,8 @@ from utils.engine.readout import check_metric, read_hook
 from utils.heads import HEAD_SITES, check_heads, n_site_heads
 from utils.typed import BadArgument, checked, kind_of
 
-# not "resid_mid": what a hook puts there reaches the MLP alone, and not the stream above it
+# not "resid_mid": what a hook puts there reaches the MLP alone, and not the stream above it. To
+# patch it, patch "resid_pre" and "attn_out" of the layer together.
 STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 
@@ -44,9 +45,11 @@ class Run(NamedTuple):
     """Activations by hook name: of one run (with its tokens and the edits it ran under), or others.
 
     Tokens and edits must explain the activations in full: `sweep` does not look at what they say
-    is unchanged. Means, mixtures and what was changed by hand have no tokens: `Run(activations)`.
+    is unchanged: a run under the same `Edit` objects as a sweep's `base` agrees with it up to the
+    first token that differs. Means, mixtures and what was changed by hand have no tokens.
     An axis of length one, as in a mean over prompts or positions, stands for all of them. `model`
-    (if known) refers to the model that ran, so that no other one is given its activations.
+    (if known) refers to the model that ran, without keeping it alive, so that no other one is given
+    its activations.
     """
 
     activations: Mapping[str, Tensor]
@@ -58,8 +61,9 @@ class Run(NamedTuple):
 class Edit(NamedTuple):
     """At hook point `name`, wherever `where` is True, the activation becomes the source's.
 
-    `where` has the axes of the activation: [prompt pos head 1], for a pattern [prompt head dest 1],
-    for the residual stream [prompt pos 1]. Any of them may have length one, for all. With
+    Where it is False the activation stays. `where` has the axes of the activation: [prompt pos head
+    1], for a pattern [prompt head dest 1], for the residual stream [prompt pos 1]. Any of them may
+    have length one, for all. With
     `same_prompts` a sweep refuses a source that was recorded on others than its own.
     """
 
@@ -80,7 +84,11 @@ class Edit(NamedTuple):
         return 2 if self.name.endswith("pattern") else 1
 
     def _part(self, what: str, values: Tensor, x: Tensor, rows: slice, start: int) -> Tensor:
-        """What belongs to these prompts and positions; ValueError if it does not fit `x`."""
+        """What belongs to the part of a run that `x` holds; ValueError if it does not fit `x`.
+
+        x: [prompt ...], or in the engine [copy prompt ...], of the prompts `rows`, from position
+        `start` on.
+        """
         axis = self.position_axis
         kind = "bool" if what == "where" else "float"
         if not isinstance(values, Tensor) or kind not in str(values.dtype):
@@ -117,7 +125,8 @@ def record(
     n_layers: int | None = None,
 ) -> Run:
     """Run once, under `edits`, and keep these sites of every layer: "z", "q", "k", "v", "pattern",
-    "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
+    "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out". ("out" is "attn_out" before the
+    norm that a few models, such as Gemma 2, put behind attention.)
 
     With `n_layers` only the lowest layers are run. Raises ValueError for a site that the model
     lacks, as `check_tokens`, and for a model that is not in compatibility mode; MemoryError if what

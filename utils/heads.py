@@ -23,8 +23,6 @@ from utils.metrics import last_position_hooks, token_batches
 from utils.typed import BadArgument, checked, kind_of
 
 HEAD_SITES = ("z", "q", "k", "v", "pattern")
-# a score of a pattern with gaps is nan or infinite itself, and is not ranked
-of_patterns = partial(checked, gaps_in=("pattern",))
 
 
 class Head(NamedTuple):
@@ -125,8 +123,12 @@ def cache_heads(
         raise ValueError(f"sites must be a list of some of {HEAD_SITES}, got {sites!r}")
     names = [f"blocks.{layer}.attn.hook_{s}" for layer in range(model.cfg.n_layers) for s in sites]
     check_cache(model, tokens, names)
-    with model.hooks(fwd_hooks=last_position_hooks()):
+    with model.hooks(fwd_hooks=last_position_hooks()):  # the logits are not wanted
         return model.run_with_cache(tokens, names_filter=names)[1]
+
+
+# `checked` refuses nan; these take it, as a score of a pattern with gaps is nan itself, not ranked
+of_patterns = partial(checked, gaps_in=("pattern",))
 
 
 @of_patterns
@@ -179,7 +181,7 @@ def prefix_matching_score(
 def attention_patterns(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt layer head dest src"]:
-    """Every attention pattern, from one run; large, so meant for a few short prompts."""
+    """Every attention pattern; large, so meant for a few short prompts. Raises as `score_heads`."""
     return score_heads(model, tokens, lambda pattern: pattern)
 
 
@@ -188,12 +190,13 @@ def attention_patterns(
 def score_heads(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], score: Callable, **kwargs
 ) -> Float[Tensor, "prompt layer head *rest"]:
-    """Score every head on its own attention patterns, per prompt, in batches that fit in memory.
+    """Score every head on its own attention patterns, per prompt, batch by batch.
 
     `score(pattern, **kwargs)` is one of the functions above, or like them; one that takes `tokens`
-    is handed those of its batch. Raises as `check_tokens`, and ValueError for a `seq_len` that is
-    not the length at which the tokens repeat.
+    is handed those of its batch. Raises as `check_tokens`, ValueError for a `seq_len` that is not
+    the length at which the tokens repeat, and MemoryError for patterns that do not fit.
     """
+    # what the stripe scores take
     if "seq_len" in kwargs:
         check_tokens(model, tokens)
         _check_repeats(tokens, kwargs["seq_len"])
@@ -202,7 +205,8 @@ def score_heads(
     for batch in token_batches(model, tokens):
         cache = cache_heads(model, batch, ["pattern"])
         extra = {**kwargs, "tokens": batch} if wants_tokens else kwargs
-        by_layer = [score(cache["pattern", la], **extra) for la in range(model.cfg.n_layers)]
+        patterns = [cache["pattern", layer] for layer in range(model.cfg.n_layers)]
+        by_layer = [score(pattern, **extra) for pattern in patterns]
         found = {tuple(getattr(one, "shape", ())[:2]) for one in by_layer}
         if found != {(len(batch), model.cfg.n_heads)}:
             raise ValueError(f"score must give [prompt head ...] values, got {found}")

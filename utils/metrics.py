@@ -11,10 +11,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 from utils.checks import check_tokens
-from utils.engine.readout import Hooks, LogitDiff, TokenLoss, read_hook
+from utils.engine.readout import Hooks, read_hook
+from utils.engine.readout import LogitDiff as LogitDiff  # defined where the engine can use them
+from utils.engine.readout import TokenLoss as TokenLoss
 from utils.typed import checked
 
-__all__ = ["LogitDiff", "TokenLoss"]  # defined where the engine can use them
 MAX_LOGITS = 2**26  # logits held at once: 256 MB in float32, and as much again for log-probs
 
 
@@ -49,10 +50,11 @@ def estimate(
     """Mean and its standard error: sample standard deviation / sqrt(n); nan error for one value.
 
     With `strata`, such as frame and order, of which every sample has the same shares, only the
-    spread within them counts. With `clusters`, such as frames of which another sample would have
-    others, that of the clusters' means does. Raises ValueError for no values, one that is nan (a
-    mean over the rest would be of other prompts), a stratum with a single one, or both kinds of
-    groups.
+    spread within them counts (stratified sampling, shares as drawn). With `clusters`, such as
+    frames of which another sample would have others, the error is that of the clusters' means,
+    however many values each has; the mean is still over values. Raises ValueError for no values,
+    one that is nan (a mean over the rest would be of other prompts), a stratum with a single one,
+    or both kinds of groups.
     """
     if len(values) == 0:
         raise ValueError("values is empty, want at least one")
@@ -90,13 +92,13 @@ def proportion(successes: Bool[Tensor, "n"]) -> Estimate:
 def token_batches(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 ) -> tuple[Int[Tensor, "batch pos"], ...]:
-    """Split prompts so that the logits of one batch stay under `MAX_LOGITS` numbers."""
+    """Split prompts so that the logits of one batch would stay under `MAX_LOGITS` numbers."""
     check_tokens(model, tokens)
     return tokens.split(max(1, MAX_LOGITS // (tokens.shape[1] * model.cfg.d_vocab)))
 
 
 def last_position_hooks() -> Hooks:
-    """Unembed the last position alone: logits become [prompt 1 vocab] and cost a fifth less."""
+    """Unembed the last position alone, [prompt 1 vocab]: a run then takes a fifth less time."""
     return [read_hook([-1])]
 
 
@@ -106,7 +108,8 @@ def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 
     An intervention also changes the length of the final residual stream, and so what every other
     component writes to the logits. With its scale held, only the intervention's own path counts.
-    Raises as `check_tokens`.
+    TransformerLens's warning about it is turned off, for the whole process. Raises as
+    `check_tokens`.
     """
     check_tokens(model, tokens)
     name = "ln_final.hook_scale"
@@ -114,7 +117,7 @@ def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
     scale = cache[name]  # [prompt pos 1]
     warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")  # it is meant
 
-    def hold(live: Float[Tensor, "row pos 1"], hook) -> Float[Tensor, "row pos 1"]:
+    def hold(live: Float[Tensor, "copy*prompt pos 1"], hook) -> Float[Tensor, "copy*prompt pos 1"]:
         copies = len(live) // len(scale)  # of all prompts, at as many of the last positions
         return scale[:, -live.shape[1] :].repeat(copies, 1, 1)
 

@@ -66,32 +66,32 @@ def path_patch(
     if targets:
         # a sender that is not below a receiver changes nothing
         below = [head for head in dict.fromkeys(senders) if head.layer < top]
-        runs = _arriving(model, below, targets, site, positions, from_original, from_new)
+        runs = _arriving(model, original, below, targets, site, positions, from_original, from_new)
         put = {
             s: heads_from(model, targets, run, site, at) for s, run in zip(below, runs, strict=True)
         }
         edits = [put.get(sender, []) for sender in senders]
         values = sweep(model, original, metric, edits, desc="path patching")
     else:
-        values = _to_logits(model, metric, senders, from_original, from_new)
+        values = _to_logits(model, original, metric, senders, from_original, from_new)
     values = rearrange(values, "sender prompt -> prompt sender")
     return values.unflatten(1, (model.cfg.n_layers, model.cfg.n_heads)) if every else values
 
 
 def _to_logits(
     model: TransformerBridge,
+    original: Int[Tensor, "prompt pos"],
     metric: Callable,
     senders: list[Head],
     from_original: Run,
     from_new: Run,
 ) -> Float[Tensor, "sender prompt"]:
     """The metric when one sender's z is the new run's and all others are frozen."""
-    original, top = from_original.tokens, model.cfg.n_layers
-    if not can_replay(model, original):
+    if _takes_recipe(model, from_original, original):
         frozen = heads_from(model, all_heads(model), from_original)
         edits = [heads_from(model, [sender], from_new) for sender in senders]
         return sweep(model, original, metric, edits, base=frozen, desc="path patching")
-    last = torch.full_like(original[:, :1], original.shape[1] - 1)
+    last, top = torch.full_like(original[:, :1], original.shape[1] - 1), model.cfg.n_layers
     runs = (from_original.activations, from_new.activations)
     measure = lambda streams: read_out(model, metric, streams[top])  # noqa: E731
     return along_direct_paths(model, senders, [top], last, *runs, measure)
@@ -99,6 +99,7 @@ def _to_logits(
 
 def _arriving(
     model: TransformerBridge,
+    original: Int[Tensor, "prompt pos"],
     senders: list[Head],
     targets: list[Head],
     site: str,
@@ -107,8 +108,8 @@ def _arriving(
     from_new: Run,
 ) -> list[Run]:
     """The receivers' q, k or v when one sender's z is the new run's and all others are frozen."""
-    original, layers = from_original.tokens, sorted({head.layer for head in targets})
-    if not can_replay(model, original):
+    layers = sorted({head.layer for head in targets})
+    if _takes_recipe(model, from_original, original):
         frozen = [head for head in all_heads(model) if head.layer < layers[-1]]
         frozen = heads_from(model, frozen, from_original)
         edits = [[*frozen, *heads_from(model, [sender], from_new)] for sender in senders]
@@ -127,7 +128,17 @@ def _arriving(
     runs = (from_original.activations, from_new.activations)
     values = along_direct_paths(model, senders, layers, columns, *runs, inputs) if senders else []
     names = [hook_name(layer, site) for layer in layers]
+    # with `positions` [prompt 1 head d_head]: the one stands for all, and only it is put in place
     return [Run(dict(zip(names, own, strict=True))) for own in values]
+
+
+def _takes_recipe(model: TransformerBridge, from_original: Run, original: Tensor) -> bool:
+    """Whether the recipe itself is to be run, and not the same without attention.
+
+    Hooks of the reader's on the model would see the stream twice: as recorded, and as run again.
+    """
+    under_hooks = from_original.tokens is None
+    return under_hooks or not can_replay(model, original)
 
 
 def _targets(

@@ -51,7 +51,7 @@ def node_attribution(
     parts = []
     for first in tqdm(range(0, len(prompts.tokens), BATCH), desc="node attribution", leave=False):
         rows = slice(first, first + BATCH)
-        usual = {name: mean[rows] for name, mean in means.activations.items()}
+        usual = {n: m[rows] if len(m) > 1 else m for n, m in means.activations.items()}
         tokens, answers = prompts.tokens[rows], prompts.answers[rows]
         slopes = [
             _slopes(model, tokens, answers, usual, (step + 0.5) / n_steps)
@@ -94,15 +94,16 @@ def each_added(
 ) -> Float[Tensor, "candidate prompt"]:
     """F(C + v) for each candidate v: the circuit `kept` with one node more.
 
-    What v gives, were it not ablated, depends on what lies below it alone: one run of the circuit
-    has it for all candidates, each of which is then a patch. Raises as `logit_diffs`.
+    A node of layer 5 computes its z from layers 0 to 4, which are those of the circuit whether it
+    is in or not. So one run of the circuit, read before the means are put in, has what every
+    candidate would write; each is then a patch. Raises as `logit_diffs`.
     """
     base = outside(model, prompts, means, kept)
     check_means(model, prompts, means)
     unablated: dict[str, Tensor] = {}
 
     def keep(z: Tensor, hook) -> None:
-        unablated[hook.name] = z.clone()
+        unablated[hook.name] = z
 
     names = [hook_name(layer, "z") for layer in range(model.cfg.n_layers)]
     first = [(name, keep) for name in names]  # each called before the edit at the same place
@@ -132,7 +133,10 @@ def each_removed(
 
 
 class Step(NamedTuple):
-    """A node chosen, and the figure that it was chosen by, with the choice made."""
+    """A node chosen, and the figure that it was chosen by, with the choice made.
+
+    The figure is a `distance`, or in `worst_set` a gap in logits.
+    """
 
     node: Node
     figure: float
@@ -180,7 +184,11 @@ def backward_search(
     candidates: Sequence[Node],
     n_left: int,
 ) -> list[Step]:
-    """From all candidates down: nodes in the order of removing, each the one missed least."""
+    """From all candidates down: nodes in the order of removing, each the one missed least.
+
+    Raises as `forward_search`.
+    """
+    check_count("n_left", n_left, least=0)
     check_means(model, prompts, means)
     f_model = logit_diffs(model, prompts, [[]])[0]
     kept, removed = set(candidates), []
@@ -230,8 +238,8 @@ def _slopes(
         return lambda z, hook: mean + dials[layer] * (z - mean)
 
     with torch.enable_grad():
-        hooks = [(hook_name(layer, "z"), turn(layer)) for layer in layers]
-        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        turned = [(hook_name(layer, "z"), turn(layer)) for layer in layers]
+        logits = model.run_with_hooks(tokens, fwd_hooks=turned)
         total = logit_diff(logits[:, -1:], answers).sum()
         (slopes,) = torch.autograd.grad(total, dials)
     return slopes[..., 0].movedim(0, 1).cpu()

@@ -132,15 +132,15 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
     held_out = repeated_tokens(model, HELD_OUT, LONGEST, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = generator_of(seed)
-    snapshots = [(torch.tensor(0), *_measure(model, held_out))]
+    snapshots = [{"steps": torch.tensor(0)} | _measure(model, held_out)]
     name = f"{n_layers} layer{'s' * (n_layers > 1)}{', smeared keys' * smeared}"
-    trained = model.original_model
+    trained = model.original_model  # the wrapped module, which has the parameters
     done = 0
     if key in _cut_short:
-        done, snapshots, *states = deepcopy(_cut_short[key])
-        trained.load_state_dict(states[0])
-        optimiser.load_state_dict(states[1])
-        generator.set_state(states[2])
+        done, snapshots, weights, of_optimiser, of_generator = deepcopy(_cut_short[key])
+        trained.load_state_dict(weights)
+        optimiser.load_state_dict(of_optimiser)
+        generator.set_state(of_generator)
     steps = range(done + 1, n_steps + 1)
     for step in tqdm(steps, desc=name, mininterval=0.5, initial=done, total=n_steps):
         with torch.enable_grad():
@@ -149,13 +149,14 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
             loss.backward()
         optimiser.step()
         if step % SNAPSHOT == 0 or step == n_steps:
-            snapshots.append((torch.tensor(step), *_measure(model, held_out)))
+            snapshots.append({"steps": torch.tensor(step)} | _measure(model, held_out))
             states = trained.state_dict(), optimiser.state_dict(), generator.get_state()
             _cut_short[key] = deepcopy((step, snapshots, *states))
     del _cut_short[key]
     # LayerNorm's gains go into the weights next to it, as in every model of the notebooks
     model.enable_compatibility_mode()
-    return ToyRun(model, held_out, *map(torch.stack, zip(*snapshots, strict=True)))
+    over_time = {name: torch.stack([one[name] for one in snapshots]) for name in snapshots[0]}
+    return ToyRun(model, held_out, **over_time)
 
 
 @checked
@@ -204,9 +205,9 @@ def plateaus(
 ) -> tuple[float, float]:
     """Rate of change just before and just after a window, as shares of the mean rate inside.
 
-    Over half a window on either side, or what the training has of it; nan where it has less than a
-    quarter. A change at one rate all along gives 1 and 1, a step inside 0 and 0. Raises as
-    `share_formed`.
+    Share formed over length, of half a window on either side (or what the training has of it; nan
+    where it has less than a quarter), over that of the window. A change at one rate all along gives
+    1 and 1, a step inside 0 and 0. Raises as `share_formed`.
     """
     first, last = steps[0].item(), steps[-1].item()
     inside = share_formed(steps, values, centre, width) / width
@@ -221,7 +222,7 @@ def plateaus(
     return rates[0], rates[1]
 
 
-class Path(NamedTuple):
+class LossPath(NamedTuple):
     """Training as a path in the plane of the first two principal components.
 
     `explained`: share of the variance along each. The corner is the snapshot farthest from the
@@ -235,7 +236,7 @@ class Path(NamedTuple):
 
 
 @checked
-def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> Path:
+def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> LossPath:
     """The path of the per-token losses over training (Olsson et al. 2022, argument 1).
 
     Raises ValueError for fewer than three snapshots, or a path that ends where it began.
@@ -254,7 +255,7 @@ def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> Path:
     across = torch.stack([-along[1], along[0]]) / length
     away = ((points - points[0]) @ across).abs()  # [snapshot]
     corner = int(away.argmax())
-    return Path(points, s[:2] ** 2 / (s**2).sum(), corner, away[corner].item() / length)
+    return LossPath(points, s[:2] ** 2 / (s**2).sum(), corner, away[corner].item() / length)
 
 
 @torch.no_grad()
@@ -285,16 +286,23 @@ def _check_rising(steps: Int[Tensor, "snapshot"]) -> None:
 
 
 @torch.no_grad()
-def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> list[Tensor]:
-    """What `ToyRun` has of a snapshot, from `first_loss` on."""
+def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> dict[str, Tensor]:
+    """What `ToyRun` has of a snapshot, by name."""
     loss = per_token_loss(model, tokens)
     icl = icl_score(loss, early=EARLY, late=LATE, window=AROUND)
     prefix = score_heads(model, tokens, prefix_matching_score)
     previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
     first, second = half_losses(loss, LONGEST)
     short = repeated_tokens(model, HELD_OUT, SHORTEST, seed=HELD_OUT_SEED)
-    scores = [prefix.mean(0), previous.mean(0), attention_patterns(model, short).mean(0)]
-    return [first.mean(), second.mean(), icl.mean(), loss, *scores]
+    return {
+        "first_loss": first.mean(),
+        "second_loss": second.mean(),
+        "icl_score": icl.mean(),
+        "losses": loss,
+        "prefix_matching": prefix.mean(0),
+        "previous_token": previous.mean(0),
+        "patterns": attention_patterns(model, short).mean(0),
+    }
 
 
 @checked

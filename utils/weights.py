@@ -35,7 +35,7 @@ def ov_weights(
 ) -> tuple[Float[Tensor, "n d_model d_head"], Float[Tensor, "n d_head d_model"]]:
     """W_V and W_O of each head; the OV circuit is their product (Elhage et al. 2021)."""
     layer, head = zip(*check_heads(model, heads), strict=True)
-    circuit = model.OV
+    circuit = model.OV  # A [layer head d_model d_head], B [layer head d_head d_model]
     return circuit.A[layer, head].detach(), circuit.B[layer, head].detach()
 
 
@@ -63,11 +63,13 @@ def copying_of_output(
     token). Raises ValueError if a prompt repeats a token.
     """
     scores = []
-    for batch, raises in _with_directions(model, tokens, 0):
+    for batch, raises in _with_directions(model, tokens, skip_start=False):
         cache, shares = cache_heads(model, batch, ["pattern", "z"]), []
         for layer, block in enumerate(model.blocks):
-            written = einsum(cache["z", layer], block.attn.W_O, "p dest h d, h d m -> p h dest m")
-            raised = einsum(written, raises, "p h dest m, p token m -> p h dest token").relu()
+            z, w_o = cache["z", layer], block.attn.W_O
+            written = einsum(z, w_o, "p dest h d, h d model -> p h dest model")
+            raised = einsum(written, raises, "p h dest model, p token model -> p h dest token")
+            raised = raised.relu()
             own = (cache["pattern", layer] * raised).sum((-2, -1))
             shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
         scores.append(on_paper_scale(torch.stack(shares, dim=1)))
@@ -98,7 +100,7 @@ def copying_score(
     ValueError if a prompt repeats a token.
     """
     scores = []
-    for batch, raises in _with_directions(model, tokens, 1):
+    for batch, raises in _with_directions(model, tokens, skip_start=True):
         cache, shares = cache_heads(model, batch, ["pattern", "v"]), []
         for layer, block in enumerate(model.blocks):
             v = _value_by_head(model, cache["v", layer])[:, 1:]
@@ -258,10 +260,11 @@ def composition_baseline(
 
 
 def _with_directions(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], first: int
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], skip_start: bool
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch token d_model"]]]:
-    """Batches, with the directions that raise each token from `first` on above the mean logit."""
+    """Batches, with the direction that raises each token, but a start token, above the mean."""
     check_model(model)
+    first = int(skip_start)
     batches = token_batches(model, tokens)
     check_count("positions of tokens", tokens.shape[1], least=2 + first)
     if any(len(row.unique()) < len(row) for row in tokens):
@@ -287,7 +290,7 @@ def _in_top_k(
     own = own.to(resid.device).repeat_interleave(written.shape[1])
     own_logit = (resid * model.W_U[:, own].T).sum(-1) + model.b_U[own]
     ahead, alive = torch.zeros_like(own), torch.arange(len(own), device=own.device)
-    # most rows have enough tokens ahead in the first part of the vocabulary: no need to go on
+    # most rows have enough tokens ahead in the first part of the vocabulary: only the others go on
     for part in torch.arange(model.cfg.d_vocab, device=own.device).split(4096):
         columns = slice(int(part[0]), int(part[-1]) + 1)
         logits = resid[alive] @ model.W_U[:, columns] + model.b_U[columns]

@@ -36,7 +36,7 @@ def along_direct_paths(
     run's z. Layer n_layers stands for the stream above the last block.
     """
     order = sorted(range(len(senders)), key=senders.__getitem__)
-    n_columns = columns.shape[1] + 1  # and what is given of the others
+    n_columns = columns.shape[1] + 1  # one more, for what is held of the original run
     size = max(1, rows_that_fit(model, n_columns) // len(columns))
     rows = torch.arange(len(columns), device=columns.device)[:, None]
 
@@ -52,8 +52,8 @@ def along_direct_paths(
         check_fits("A run of the paths", n_bytes, len(columns), columns.device)
         first, top = pack[0][0], max(layers)
         found = {layer: unchanged(layer, len(pack)) for layer in layers if layer < first}
-        # [sender prompt col d_model] of the senders that have joined; for the rest of the pack the
-        # stream is still the original's
+        # [sender prompt col d_model], in the order of the pack, which is by layer: of the senders
+        # at or below this layer; for the rest of the pack the stream is still the original's
         resid = unchanged(first, 0)
         for layer in range(first, top):
             if layer in layers:

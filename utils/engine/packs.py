@@ -56,37 +56,39 @@ def sweep_in_packs(
     check_cache(model, tokens, names)
     parts = [slice(i, min(i + n_part, n_prompts)) for i in range(0, n_prompts, n_part)]
 
-    def plain(pack: list[int]) -> Values:
+    def run_whole(pack: list[int]) -> Values:
         whole = n_prompts * bytes_of_row(model, n_positions)
         check_fits("A run of the sweep", whole, n_prompts, tokens.device)
-        hooks = [read_hook(read), *copy_hooks(base, [interventions[pack[0]]], slice(0, n_prompts))]
-        hooks += getattr(metric, "hooks", ())
-        return values_of(metric, model.run_with_hooks(tokens, fwd_hooks=hooks), last_alone)[None]
-
-    def replayed(start: int, pack: list[int]) -> Values:
-        n_bytes = len(pack) * n_part * bytes_of_row(model, n_positions, start)
-        check_fits("A run of the sweep", n_bytes, n_prompts, tokens.device)
-        layers, edits = [begins[i][1] for i in pack], [interventions[i] for i in pack]
-        at = [position - start for position in read]
-        resid = [
-            run.run(layers, copy_hooks(base, edits, rows, start), start, at)
-            for run, rows in zip(recorded, parts, strict=True)
-        ]  # each [copy prompt read d_model]
-        return read_out(model, metric, torch.cat(resid, dim=1), last_alone)
+        own = [read_hook(read), *copy_hooks(base, [interventions[pack[0]]], slice(0, n_prompts))]
+        own += getattr(metric, "hooks", ())
+        return values_of(metric, model.run_with_hooks(tokens, fwd_hooks=own), last_alone)[None]
 
     with tqdm(total=len(interventions), desc=desc, leave=False) as progress:
         if not can_replay(model, tokens):
-            return in_packs(range(len(interventions)), 1, plain, progress)
+            return in_packs(range(len(interventions)), 1, run_whole, progress)
         recorded = [Replay(model, tokens[rows], copy_hooks(base, [], rows)) for rows in parts]
-        begins = [first_change(model, tokens, edits, base) for edits in interventions]
-        first = min(read) if recorded[0].shares_prefix else 0
-        begins = [(min(start, first), layer) for start, layer in begins]
+        # a run begins at or left of what is read; where it cannot take over a prefix, at 0
+        leftmost = min(read) if recorded[0].shares_prefix else 0
+        changes = [first_change(model, tokens, edits, base) for edits in interventions]
+        begins = [(min(start, leftmost), layer) for start, layer in changes]
+
+        def run_again(start: int, pack: list[int]) -> Values:
+            n_bytes = len(pack) * n_part * bytes_of_row(model, n_positions, start)
+            check_fits("A run of the sweep", n_bytes, n_prompts, tokens.device)
+            layers, edits = [begins[i][1] for i in pack], [interventions[i] for i in pack]
+            at = [position - start for position in read]
+            resid = [
+                run.run(layers, copy_hooks(base, edits, rows, start), start, at)
+                for run, rows in zip(recorded, parts, strict=True)
+            ]  # each [copy prompt read d_model]
+            return read_out(model, metric, torch.cat(resid, dim=1), last_alone)
+
         order = sorted(range(len(interventions)), key=begins.__getitem__)
         found: dict[int, Tensor] = {}
         for start, group in groupby(order, key=lambda i: begins[i][0]):
             together = list(group)
             size = max(1, rows_that_fit(model, n_positions, start) // n_part)
-            values = in_packs(together, size, partial(replayed, start), progress)
+            values = in_packs(together, size, partial(run_again, start), progress)
             found |= zip(together, values, strict=True)
     return torch.stack([found[i] for i in range(len(interventions))])
 
@@ -100,6 +102,7 @@ def check_edits(
         layer_of(edit.name)
         if edit.name not in model.hook_dict:
             raise ValueError(f"edits: this model has no {edit.name}")
+        # a tensor without data: an edit that does not fit its shape raises
         edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
         if edit.same_prompts and not torch.equal(edit.source.tokens, tokens):
             raise ValueError(f"edits: the source at {edit.name} was recorded on other prompts")
@@ -123,7 +126,7 @@ def first_change(
         source_tokens = getattr(edit.source, "tokens", None)
         if source_tokens is not None and source_tokens.shape == tokens.shape:
             if list(map(id, edit.source.edits)) == list(map(id, base)):
-                # left of the first token that differs, the two runs are the same
+                # the same edits on both: left of the first token that differs, the runs agree
                 changed = changed & (source_tokens != tokens).any(0).cumsum(0).bool().cpu()
         if changed.any():
             found.append((int(changed.int().argmax()), layer_of(edit.name)))
@@ -135,10 +138,9 @@ def copy_hooks(
     base: Sequence[EditLike], copies: Sequence[Sequence[EditLike]], rows: slice, start: int = 0
 ) -> Hooks:
     """Hooks on copies of some prompts: `base` on each of them, `copies[i]` on copy i alone."""
-    every = slice(None)
-    by_name: dict[str, list[tuple[int | slice, EditLike]]] = defaultdict(list)
+    by_name: dict[str, list[tuple[int | None, EditLike]]] = defaultdict(list)
     for edit in base:
-        by_name[edit.name].append((every, edit))
+        by_name[edit.name].append((None, edit))
     for copy, edits in enumerate(copies):
         for edit in edits:
             by_name[edit.name].append((copy, edit))
@@ -148,8 +150,10 @@ def copy_hooks(
             n_prompts = rows.stop - rows.start
             x = rearrange(x, "(copy prompt) ... -> copy prompt ...", prompt=n_prompts).clone()
             for copy, edit in by_name[name]:
-                # a copy that only joins at a block above is as recorded here, edits and all
-                if copy is every or copy < len(x):
+                if copy is None:
+                    x[:] = edit(x, rows, start)
+                # copies join in order: those that join at a block above are as recorded here
+                elif copy < len(x):
                     x[copy] = edit(x[copy], rows, start)
             return x.flatten(0, 1)
 
@@ -175,16 +179,14 @@ def in_packs(
         try:
             with ctrl_c_waits():
                 results.append(run(pack))
+            done += len(pack)
+            progress.update(len(pack))
         except (MemoryError, RuntimeError) as error:
             if len(pack) == 1 or not is_out_of_memory(error):
                 raise
             size = len(pack) // 2
-        else:
-            done += len(pack)
-            progress.update(len(pack))
-            continue
-        # here the failed pack's activations are no longer held by the error
-        if torch.cuda.is_available():
+        # out of the `except`, where the error no longer holds the failed pack's activations
+        if size < len(pack) and torch.cuda.is_available():
             torch.cuda.empty_cache()
     return torch.cat(results)
 

@@ -117,7 +117,8 @@ class Replay:
         """
         n_prompts = len(self.tokens)
         self._tape.start = start
-        hidden = self.hidden[0][:0, start:]  # [copies*prompt pos d_model], no copy yet
+        # [copy*prompt pos d_model]: no copy yet, at each block those that it changes first join
+        hidden = self.hidden[0][:0, start:]
         with self.model.hooks(fwd_hooks=list(hooks)):
             for layer in range(layers[0], self.model.cfg.n_layers):
                 joining = self.hidden[layer][:, start:].repeat(layers.count(layer), 1, 1)
