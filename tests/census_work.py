@@ -31,6 +31,14 @@ def slow(job):
     return quick(job)
 
 
+def busy(job):
+    """A second of a core's time."""
+    until = time.process_time() + 1
+    while time.process_time() < until:
+        pass
+    return quick(job)
+
+
 def fails(job):
     count(job.setting.name, job.key)
     if job.key == "bad":

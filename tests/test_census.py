@@ -178,6 +178,60 @@ def test_after_kill_9_of_the_driver_the_next_does_what_is_missing(run, results, 
     assert len(ran) - len(set(ran)) <= 3  # those that were in flight
 
 
+NODES = """
+import sys, threading, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from pathlib import Path
+import census_work
+from census import run
+from census.rows import Results
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+run.ray.init(cluster.address, log_to_driver=False, logging_level="error")
+results = Results(Path(sys.argv[2]))
+todo = [census_work.task(f"task{i}", sys.argv[3]) for i in range(40)]
+
+def kill():
+    while len(list(results.rows.glob("*.parquet"))) < 5:
+        time.sleep(0.05)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    print("killed")
+
+threading.Thread(target=kill).start()
+sys.exit(run.run(todo, results, census_work.slow))
+"""
+
+
+@pytest.mark.nightly
+def test_a_node_that_is_killed_costs_its_tasks_in_flight(results, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    arguments = [str(ROOT), str(results.folder), str(tmp_path / "marks")]
+    driver = [sys.executable, "-c", NODES, *arguments]
+    said = subprocess.run(driver, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0 and "killed" in said.stdout, said.stderr
+    assert sorted(results.table()["key"]) == sorted(f"task{i}" for i in range(40))
+    assert len(marks(tmp_path)) <= 40 + 4  # tasks run again, but each has one row
+
+
+@pytest.mark.nightly
+def test_two_workers_are_nearly_twice_as_fast_as_one(tmp_path):
+    """Each with a Ray of its own; the machine must have two cores free."""
+    seconds = []
+    for workers in (1, 2):
+        code = DRIVER.replace("run.start(None, 1)", f"run.start(None, {workers}); import time")
+        code = code.replace("todo = ", "began = time.monotonic(); todo = ").replace("slow", "busy")
+        code += "print(time.monotonic() - began)"
+        folder = tmp_path / str(workers)
+        (folder / "marks").mkdir(parents=True)
+        Results(folder / "census").prepare()
+        arguments = [str(ROOT), str(folder / "census"), str(folder / "marks")]
+        driver = [sys.executable, "-c", code, *arguments]
+        said = subprocess.run(driver, capture_output=True, text=True, timeout=300)
+        seconds.append(float(said.stdout.split()[-1]))
+    assert seconds[0] / seconds[1] > 1.8, seconds
+
+
 def test_rows_do_not_depend_on_how_many_run_at_once(run, results):
     todo = [grid.Task(f"seed{seed}", TINY._replace(seed=seed)) for seed in range(3)]
     assert run.run(todo, results, measure.work) == 0
