@@ -20,7 +20,7 @@ WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 UNIT := $(addprefix --ignore=tests/test_,notebooks.py site.py browser.py jupyterlab.py drawings.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab notebooks test test-nightly test-oldest test-newest lint benchmark outputs study census site gone
+.PHONY: help lab notebooks test test-nightly test-oldest test-newest lint benchmark outputs study census mutants site gone
 
 help: ## show this list
 	@echo "make <target> [ARGS=...]: each target installs what it needs into $(VENV), once."
@@ -67,6 +67,10 @@ study: $(INSTALLED) ## search for circuits: what the IOI notebook reads of it (A
 
 census: $(INSTALLED) ## measure many toys or models, on Ray (ARGS=--dry-run: what it would cost)
 	$(VENV_PYTHON) -m census $(ARGS)
+
+mutants: $(INSTALLED) ## change the analysis in small ways: would the tests notice? (ARGS="--n 50")
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt cosmic-ray==8.7.0
+	$(VENV_PYTHON) -m tools.mutants $(ARGS)
 
 $(INSTALLED): $(if $(GONE),gone)
 	@PYTHON="$(PYTHON)" sh tools/make_venv.sh "$(VENV)" "$@" "$(MODELS)"
