@@ -91,7 +91,12 @@ def loss_of(model: TransformerBridge, tokens: Int[Tensor, "sequence pos"]) -> Fl
 
 
 def train(toy: Toy) -> dict:
-    """Train, measure `SNAPSHOTS` times on the way, and sum up: the figures of a row."""
+    """The figures of a row: train, measure `SNAPSHOTS` times on the way, and sum up."""
+    return trained(toy)[1]
+
+
+def trained(toy: Toy) -> tuple[TransformerBridge, dict]:
+    """The trained model, and the figures of its row."""
     model = build(toy)
     held_out = repeated_tokens(model, HELD_OUT, toy.longest, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=toy.lr)
@@ -109,7 +114,7 @@ def train(toy: Toy) -> dict:
             snapshots.append(_measure(model, held_out, toy.longest))
     curves = {name: torch.tensor([s[name] for s in snapshots]) for name in snapshots[0]}
     n_parameters = sum(p.numel() for p in model.parameters())
-    return {"n_parameters": n_parameters} | summary(toy, torch.tensor(steps), curves)
+    return model, {"n_parameters": n_parameters} | summary(toy, torch.tensor(steps), curves)
 
 
 def summary(

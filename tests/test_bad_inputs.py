@@ -275,7 +275,7 @@ def rows(kit):
         "plotting.heatmap": dict(values=cells, x=list("abcd"), y=list("abc"), limit=1.0, **title),
         "plotting.head_heatmap": dict(values=cells, **title),
         "plotting.lines": dict(x=rand(4), series=series, **words),
-        "plotting.panels": dict(x=rand(4), panels={"a": series}, x_label="x", **title),
+        "plotting.panels": dict(x=rand(4), by_label={"a": series}, x_label="x", **title),
         "plotting.bars": dict(
             names=list("abcd"), values=series["a"], errors=rand(4), y_label="y", **title
         ),

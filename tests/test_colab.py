@@ -66,7 +66,7 @@ def clone(project):
 : > {copy}/utils/__init__.py
 echo 'no-such-package>=1' > {copy}/requirements.txt
 {CP} "{ROOT}/constraints.txt" {copy}
-{CP} "{ROOT}/utils/session/colab.py" "{ROOT}/utils/session/restart.py" {copy}/utils/session
+{CP} "{ROOT}/utils/session/"*.py {copy}/utils/session
 """
 
 

@@ -225,7 +225,7 @@ def test_what_a_judge_runs_itself_is_not_held_against_the_answer(monkeypatch, ca
 
 def test_a_function_that_runs_too_long_is_ended(monkeypatch, capsys):
     monkeypatch.setattr("utils.exercises.exercise.CHECK_SECONDS", 0.2)
-    monkeypatch.setattr("utils.exercises.exercise.USE_SECONDS", 0.2)
+    monkeypatch.setattr("utils.exercises.used.USE_SECONDS", 0.2)
 
     def swallows(x):
         while len(x) != 2:

@@ -8,7 +8,7 @@ import torch
 
 from utils import attribution, heads, ioi, metrics, patching
 from utils.models import load_model
-from utils.models.hub import hub_reachable
+from utils.models.hub import hub_trouble
 from utils.prompts import repeated_tokens
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -71,7 +71,7 @@ def far_off(measured):
 
 
 def test_gpt2_small_from_the_hub_gives_the_published_figures():
-    if not hub_reachable():
+    if hub_trouble():
         pytest.skip("the Hugging Face hub does not answer")
     measured, top = figures(load_model("gpt2-small", device="cpu"))
     assert far_off(measured) == {}

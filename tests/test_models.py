@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, BertConfig
 
-from utils.models import hub_reachable, load, load_hf, load_model, model_label, weights_digest
+from utils.models import load, load_hf, load_model, model_label, weights_digest
+from utils.models.hub import hub_trouble
 from utils.models.offline import GGUF_SHA256, convert_gguf, find_gguf, load_smollm2
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -150,7 +151,7 @@ def test_every_name_of_gpt2_is_the_same_model(monkeypatch, name, random_gpt2_fol
 
 
 def test_gpt2_small_from_the_real_hub():
-    if not hub_reachable():
+    if hub_trouble():
         pytest.skip("the Hugging Face hub does not answer")
     model, (weights, origin) = load_model("gpt2-small", device="cpu"), load_hf("gpt2-small")
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model) == (12, 12, 768)

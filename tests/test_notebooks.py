@@ -84,9 +84,9 @@ def test_answers_right_or_wrong_give_the_same_results(path, notebook, answers, t
 
 SHORT_TRAINING = """import census.training
 import utils.toy
-long_toy, long_setting = utils.toy.train_toy, census.training.train
+long_toy, long_setting = utils.toy.train_toy, census.training.trained
 utils.toy.train_toy = lambda *args, **kwargs: long_toy(*args, **kwargs | {"n_steps": 60})
-census.training.train = lambda setting: long_setting(setting._replace(n_steps=60))"""
+census.training.trained = lambda setting: long_setting(setting._replace(n_steps=60))"""
 
 
 def twice(notebook):

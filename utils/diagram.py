@@ -19,7 +19,7 @@ from utils.typed import checked
 LOGITS, INK = "logits", "#222222"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
 PAGE, BESIDE = 350, 3  # pixels across a phone, boxes in a row
-GAP, ROW_GAP, LINE, LETTER = 14, 76, 16, 7  # pixels: between boxes, rows; of a line, a letter
+GAP, ROW_GAP, LINE, LETTER = 14, 76, 16, 7  # pixels: gaps of boxes, of rows; a line, a letter
 
 Roles = Mapping[str, Sequence[object]]
 Path = list[tuple[float, float]]
@@ -165,7 +165,7 @@ def _chain(start: Box, end: Box, rows: list[list[Box]]) -> list[Box]:
 
 
 def _untangle(rows: list[list[Box]], chains: list[list[Box]]) -> None:
-    """Order each row so that few arrows cross; among orders alike, as the rows stood."""
+    """Order each row so that few arrows cross; of equal orders the earlier one stays."""
     for i, row in enumerate(rows):
         rows[i] = sorted(row, key=lambda box: box.x)
     _place(rows)
@@ -189,7 +189,7 @@ def _crossings(chains: list[list[Box]]) -> int:
 
 
 def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
-    """x where each arrow touches its box `at` one end: in the order in which they go on."""
+    """x where each arrow touches its box `at` one end; the more left it goes, the more left."""
     ports = []
     for i, chain in enumerate(chains):
         same = [j for j, other in enumerate(chains) if other[at] is chain[at]]

@@ -60,7 +60,7 @@ FEW = 16  # measured points up to this number are marked
 
 
 def titled(fig: go.Figure, title: str, note: str, headings: int = 12, *, height: int) -> go.Figure:
-    """Title and the line under it, with the room that they take; y titles as long as their axis.
+    """Title and the line under it, with the room that they take; y titles wrapped to their axis.
 
     `headings` is the room in pixels of what stands between them and the plot.
     """
@@ -83,18 +83,18 @@ def wrapped(text: str, width: int) -> str:
 
 
 def escaped(text: object) -> str:
-    """Text for plotly, which would take `<` for the start of a tag."""
-    return str(text).replace("<", "&lt;")
+    """Text for plotly, which would read tags in it, entities (`&lt;` as `<`) and line breaks."""
+    return html.escape(str(text), quote=False).replace("\n", "\\n")
 
 
-LAYERS_FROM = 3  # of the colours; those before are for what a figure of heads also shows
+LAYERS_FROM = 3  # the first of COLOURS for layers; those before are for lines that are no heads
 
 
 def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and dash of each line, the same in every figure with such names.
 
-    Heads of a layer share a colour, where dashes suffice, and so do all "zero, ..." beside all
-    "mean, ...": what follows the comma is then told by the dash.
+    Heads of a layer share a colour and differ by dash, if there are dashes enough. Of names in two
+    parts ("zero, induction", "mean, control") the colour tells the first part, the dash the second.
     """
     pairs = {name: tuple(name.split(", ")) for name in names}
     if {*map(len, pairs.values())} == {2}:
@@ -126,7 +126,7 @@ def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def end_labels(ends: Mapping[str, float], span: float) -> list[tuple[float, str]]:
-    """Where lines end, names beside them: (y, text), one for those of a layer that end together.
+    """Names for the ends of lines, (y, text): one for those of a layer that end together.
 
     Ends within a tenth of `span` are together: their labels would meet.
     """

@@ -7,10 +7,11 @@ expression of a cell, or call `.show()`. (`attention` shows its view by itself.)
     plotting.lines(positions, {"loss": loss}, title="...", x_label="token", y_label="loss (nats)")
     plotting.bars(["none", "zero", "mean"], losses, title="...", y_label="loss (nats)")
     plotting.scatter(stripe, prefix, title="...", x_label="...", y_label="...", label_top=5)
+    plotting.lines(run.steps, {"L0H1": a, "L1H2": b}, title="...", x_label="step", y_label="...")
     plotting.attention(model.to_str_tokens(text), patterns, names=["L5H5", "L6H9"])
 
 A series of lines or bars is y, or (y, stderr), or samples [prompt x]: these are drawn as their mean
-over prompts with its standard error.
+over prompts with its standard error. Series named like heads are coloured by layer.
 """
 
 import json
@@ -74,11 +75,11 @@ def heatmap(
     row or column.
     """
     x_label, y_label, value_label = map(escaped, (x_label, y_label, value_label))
-    maps = values if isinstance(values, Mapping) else {"": values}
-    arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
-    if len({a.shape for a in arrays}) != 1:
-        raise ValueError(f"values: want maps of one shape, got {[a.shape for a in arrays]}")
-    stack = np.stack(arrays).astype(np.float32)  # [map row col]
+    maps = _maps(values)
+    shapes = [a.shape for a in maps.values()]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"values: want maps of one shape, got {shapes}")
+    stack = np.stack(list(maps.values())).astype(np.float32)  # [map row col]
     n_maps, n_rows, n_cols = stack.shape
     _check_length("x", x, n_cols, "columns")
     _check_length("y", y, n_rows, "rows")
@@ -128,11 +129,10 @@ def head_heatmap(
     Maps too large to print their values name their three largest cells (one each, if several).
     """
     labels = dict(x_label=head_label, y_label="layer", value_label=value_label)
-    maps = values if isinstance(values, Mapping) else {"": values}
-    arrays = [_array(v, f"values {name}".strip(), 2) for name, v in maps.items()]
-    large = [_largest(a, 3 if len(maps) == 1 else 1) for a in arrays if a.size > 40]
+    maps = _maps(values)
+    large = [_largest(a, 3 if len(maps) == 1 else 1) for a in maps.values() if a.size > 40]
     note = f"largest: {', '.join(large)}" if large else ""
-    return heatmap(values, note=note, **labels, **options)
+    return heatmap(maps, note=note, **labels, **options)
 
 
 def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
@@ -145,7 +145,7 @@ def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
 
 def panels(
     x: Numbers,
-    panels: Mapping[str, Series],
+    by_label: Mapping[str, Series],
     *,
     title: str,
     x_label: str,
@@ -161,68 +161,74 @@ def panels(
     one that does not have a value for each x.
     """
     x = _array(x, "x", 1)
-    _check_named("panels", panels)
-    for series in panels.values():
+    _check_named("by_label", by_label)
+    for series in by_label.values():
         _check_named("series", series)
-    if not panels or not all(panels.values()):
+    if not by_label or not all(by_label.values()):
         raise ValueError("series: got none, want at least one in each panel")
-    panels = {escaped(label): {escaped(n): y for n, y in s.items()} for label, s in panels.items()}
+    drawn = {escaped(label): {escaped(n): y for n, y in s.items()} for label, s in by_label.items()}
     x_label = escaped(x_label)
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    note = ""
+    names = list(dict.fromkeys(name for series in drawn.values() for name in series))
     looks = line_looks(names)
-    fig = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.13)
-    for row, (label, series) in enumerate(panels.items(), start=1):
-        legend = f"legend{row}" if row > 1 else "legend"
-        if len(panels) > 1:  # each legend above its own panel
+    fig = make_subplots(rows=len(drawn), shared_xaxes=True, vertical_spacing=0.13)
+    for row, (label, series) in enumerate(drawn.items(), start=1):
+        if len(drawn) > 1:  # each legend above its own panel
             top = fig.get_subplot(row, 1).yaxis.domain[1]
             above = dict(orientation="h", yref="paper", y=top, yanchor="bottom", x=0)
-            fig.update_layout({legend: above})
+            fig.update_layout({f"legend{row}": above})
         fig.update_layout(showlegend=len(names) > 1)
         fig.update_yaxes(title=label, row=row)
-        heads = {n: of[0] for of in by_layer(series).values() if len(of) > 1 for n in of}
-        ends: dict[str, float] = {}
-        for name, values in series.items():
-            y, stderr = _with_error(values, name, len(x))
-            colour, dash = looks[name]
-            if name in heads:
-                ends |= {name: y[-1]} if np.isfinite(y[-1]) else {}
-                if heads[name] == name:  # the first of its layer
-                    key = dict(x=[None], y=[None], mode="lines", line_color=colour, legend=legend)
-                    layer = name.split("H")[0].replace("L", "layer ")
-                    fig.add_scatter(name=layer, hoverinfo="skip", **key, row=row, col=1)
-            if stderr is not None:
-                note = "shaded: ± one standard error"
-                known = np.isfinite(y)  # the outline of a shape must have no gaps
-                at, low, high = x[known], (y - stderr)[known], (y + stderr)[known]
-                area = dict(x=[*at, *at[::-1]], y=[*high, *low[::-1]], mode="none")
-                look = dict(fill="toself", fillcolor=f"{colour}33", hoverinfo="skip")
-                fig.add_scatter(**area, **look, showlegend=False, row=row, col=1)
-            line, mode = dict(width=2, color=colour, dash=dash), "lines"
-            mode += "+markers" if len(x) <= FEW else ""
-            hover = f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}<extra>{name}</extra>"
-            look = dict(mode=mode, line=line, legend=legend, hovertemplate=hover)
-            look["showlegend"] = name not in heads
-            fig.add_scatter(x=x, y=y, name=name, row=row, col=1, **look)
-        if ends:
-            _name_ends(fig, ends, {name: looks[name][0] for name in ends}, row)
-    fig.update_xaxes(title=x_label, row=len(panels))
+        _draw_series(fig, row, x, series, looks, f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}")
+    notes = ["shaded: ± one standard error"] if any(trace.fill for trace in fig.data) else []
+    fig.update_xaxes(title=x_label, row=len(drawn))
     if log_x:
         fig.update_xaxes(type="log", tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
     if window is not None:
         fig.add_vrect(*window, fillcolor="#888", opacity=0.15, line_width=0, row="all", col=1)
     if marker is not None:
         at, text = marker
-        side = "left" if at < (x.min() + x.max()) / 2 else "right"
-        above = dict(y=1, yref="y domain", yanchor="bottom", xanchor=side)
         fig.add_vline(at, line=MARK, row="all", col=1)
-        if len(panels) == 1:  # plotly places a note on a log axis by the logarithm
-            at = math.log10(at) if log_x else at
-            fig.add_annotation(x=at, text=escaped(text), showarrow=False, **above)
+        if len(drawn) == 1:
+            side = "left" if at < (x.min() + x.max()) / 2 else "right"
+            place = dict(y=1, yref="y domain", yanchor="bottom", xanchor=side)
+            at = math.log10(at) if log_x else at  # as plotly places a note on a log axis
+            fig.add_annotation(x=at, text=escaped(text), showarrow=False, **place)
         else:  # a legend stands there
-            note = "; ".join(filter(None, [f"dashed: {text}", note]))
-    height, room = (440, 24) if len(panels) == 1 else (150 + 210 * len(panels), 50)
-    return titled(fig, title, note, room, height=height)
+            notes = [f"dashed: {text}", *notes]
+    height, room = (440, 24) if len(drawn) == 1 else (150 + 210 * len(drawn), 50)
+    return titled(fig, title, "; ".join(notes), room, height=height)
+
+
+def _draw_series(
+    fig: go.Figure, row: int, x: np.ndarray, series: Series, looks: Mapping, hover: str
+) -> None:
+    """Draw the lines of one panel, each with a band of one standard error where that is known.
+
+    Where a layer has several heads, the legend names the layer in their place.
+    """
+    panel, ends = dict(row=row, col=1), {}
+    firsts = {n: of[0] for of in by_layer(series).values() if len(of) > 1 for n in of}
+    for name, values in series.items():
+        y, stderr = _with_error(values, name, len(x))
+        colour, dash = looks[name]
+        if name in firsts and np.isfinite(y[-1]):
+            ends[name] = y[-1]
+        if firsts.get(name) == name:
+            layer = dict(name=name.split("H")[0].replace("L", "layer "), legend=f"legend{row}")
+            layer |= dict(x=[None], y=[None], mode="lines", line_color=colour, hoverinfo="skip")
+            fig.add_scatter(**layer, **panel)
+        if stderr is not None:
+            known = np.isfinite(y)  # the outline of a shape must have no gaps
+            at, low, high = x[known], (y - stderr)[known], (y + stderr)[known]
+            band = dict(x=[*at, *at[::-1]], y=[*high, *low[::-1]], mode="none", fill="toself")
+            band |= dict(fillcolor=f"{colour}33", hoverinfo="skip", showlegend=False)
+            fig.add_scatter(**band, **panel)
+        line = dict(x=x, y=y, name=name, line=dict(width=2, color=colour, dash=dash))
+        line |= dict(mode="lines+markers" if len(x) <= FEW else "lines", legend=f"legend{row}")
+        line |= dict(hovertemplate=f"{hover}<extra>{name}</extra>", showlegend=name not in firsts)
+        fig.add_scatter(**line, **panel)
+    if ends:
+        _name_ends(fig, ends, {name: looks[name][0] for name in ends}, row)
 
 
 def _name_ends(
@@ -355,6 +361,12 @@ def attention(
         heatmap(dict(zip(names, p, strict=True)), x=tokens, y=tokens, limit=1, **words).show()
 
 
+def _maps(values: Map | Mapping[str, Map]) -> dict[str, np.ndarray]:
+    """Each map [row col] as float64, by name (one alone has none). Raises as `_array`."""
+    maps = values if isinstance(values, Mapping) else {"": values}
+    return {name: _array(v, f"values {name}".strip(), 2) for name, v in maps.items()}
+
+
 def _largest(scores: np.ndarray, n: int) -> str:
     """The heads of the n cells that are farthest from zero."""
     order = np.argsort(-abs(np.nan_to_num(scores)), axis=None)[:n]
@@ -413,5 +425,5 @@ def _ticks(labels: Sequence | None, n: int, room: int) -> dict:
     step = math.ceil(n / max(room, 1))
     if labels is None:
         return dict(nticks=min(n, room) + 1, tickformat="d")
-    text = [escaped(label).replace("\n", "\\n") for label in labels[::step]]
+    text = [escaped(label) for label in labels[::step]]
     return dict(tickvals=list(range(0, n, step)), ticktext=text)

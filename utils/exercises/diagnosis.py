@@ -8,7 +8,7 @@ from numbers import Number
 import torch
 from torch import Tensor
 
-FUNCTIONS = {  # what was done to the right values, so that this came out
+FUNCTIONS = {  # what was done to the right values; of two that fit the first is told
     "You return absolute values; the sign says which way, so keep it.": torch.abs,
     "Your values are the squares of the right ones.": torch.square,
     "Your values are the square roots of the right ones: leave the root out.": torch.sqrt,
@@ -77,7 +77,7 @@ def difference(got: object, want: Tensor, axes: Sequence[str] = ()) -> str | Non
 
 
 def _names(axes: Sequence[str], n: int) -> list[str]:
-    """A name for each of `n` axes; for those of `*rest`, and where nothing fits, its number."""
+    """A name for each of `n` axes: the annotation's where they fit, else "axis 2" and so on."""
     named = [*axes[:-1]] if axes and axes[-1].startswith("*") else [*axes]
     fits = len(named) == n or (len(named) < n and len(named) < len(axes))
     named = named if fits else []
@@ -85,7 +85,7 @@ def _names(axes: Sequence[str], n: int) -> list[str]:
 
 
 def kind_of_slip(got: Tensor, want: Tensor, names: Sequence[str] = ()) -> str | None:
-    """What was done to the right values so that these came out, or None if nothing listed.
+    """What was done to the right values so that these came out, or None if none of the below.
 
     `names` are those of the axes; without them, no slip along an axis is looked for.
     """
@@ -93,7 +93,7 @@ def kind_of_slip(got: Tensor, want: Tensor, names: Sequence[str] = ()) -> str | 
 
 
 def _of_shape(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
-    """Why the shape is another one."""
+    """Why the shape is another one; only the first reason that fits is told."""
     if close(got.squeeze(), want.squeeze()):
         yield "An axis of length one is too many or missing: squeeze or unsqueeze it."
     if want.ndim > 1 and not got.ndim:
@@ -137,12 +137,13 @@ def _of_shape(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
 
 
 def _of_values(got: Tensor, want: Tensor, names: list[str]) -> Iterator[str]:
-    """What was done to the right values, where the shape is right."""
+    """What was done to the right values, in the right shape; only the first that fits is told."""
+    # so the order is a priority: the likely before the odd, the special before the general
     if close(got, -want):
         yield "Your signs are turned round."
     if want.abs().max() > 0 and close(got, torch.zeros_like(got)):
         yield "Your result is zero everywhere."
-    if want.numel() > 1:  # of one number it may be chance
+    if want.numel() > 1:  # one number alone may fit by chance
         for sentence, function in FUNCTIONS.items():
             if close(got, function(want)):
                 yield sentence
@@ -219,7 +220,7 @@ def _order(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
 
 
 def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[str]:
-    """Wrong in a share of the entries along an axis, at most: which these are."""
+    """Which entries along an axis are wrong, if these are at most the share `most` of all."""
     wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4, equal_nan=True)
     for dim, name in enumerate(names):
         at, n = _any_along(wrong, dim), want.shape[dim]
@@ -242,7 +243,7 @@ def _part(got: Tensor, want: Tensor, names: list[str], most: float) -> Iterator[
 
 
 def _by_entry(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
-    """Off by a factor or an amount that is another one in every entry of an axis."""
+    """Off by a factor or an amount that differs from entry to entry of an axis."""
     rest, n = [d for d in range(want.ndim) if d != dim], want.shape[dim]
     if n < 2 or want.numel() < 3 * n:
         return
@@ -264,7 +265,7 @@ def _by_entry(got: Tensor, want: Tensor, dim: int, name: str) -> Iterator[str]:
 
 
 def _any_along(where: Tensor, dim: int) -> list[int]:
-    """The entries along an axis in which it is true anywhere."""
+    """The entries along an axis that hold any True."""
     return where.movedim(dim, 0).reshape(where.shape[dim], -1).any(1).nonzero().flatten().tolist()
 
 

@@ -29,7 +29,6 @@ the right one would condemn right answers: `Exercise.problems()` lists such slip
 """
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -42,15 +41,15 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from utils.exercises.diagnosis import a_kind, difference, kind_of_slip, same
-from utils.exercises.learner import Overrun, Watched, contained, keep_names
+from utils.exercises.learner import NotRight, Overrun, Watched, contained, describe, keep_names
+from utils.exercises.used import in_use
 
 RIGHT, WRONG, UNTRIED = "right", "not right yet", "not attempted yet"
-CHECK_SECONDS, USE_SECONDS = 20, 120
+CHECK_SECONDS = 20
 NUMBER, ARRAY = (Number, Tensor), (Tensor, np.ndarray)
 
 
@@ -78,10 +77,6 @@ def set_at(activation: Tensor, index: tuple, value: object) -> Tensor:
     return activation
 
 
-class NotRight(Exception):
-    """Carries the sentence that tells the learner what is wrong."""
-
-
 @dataclass(eq=False)
 class Exercise:
     """One exercise; its answer is a tensor, a number, or a dict or tuple of them."""
@@ -97,7 +92,7 @@ class Exercise:
     state: str = UNTRIED  # the best so far
     used: ClassVar = (" The library's is used below.", " Yours is used below.")
     checking: bool = False
-    slips: dict[tuple[Callable, str], dict] = field(default_factory=dict)  # what mistakes give
+    slips: dict[tuple[Callable, str], dict] = field(default_factory=dict)  # of (mistake, case)
 
     def __call__(self, answer: Callable) -> Callable:
         """Print one line (right, not attempted yet, or what is wrong); never raises.
@@ -113,7 +108,9 @@ class Exercise:
         self.state = RIGHT if self.state == RIGHT else state  # solved is solved
         says = f" {reason}" if reason else ""
         print(f"{self}: {state}.{says}{self.used[state == RIGHT]}")
-        return self._yours(answer) if state == RIGHT else self.library
+        if state != RIGHT:
+            return self.library
+        return self._named(in_use(answer, self.reference, str(self), self.run is run_hook))
 
     def __str__(self) -> str:
         return f"Exercise {self.number} ({self.title})"
@@ -121,19 +118,23 @@ class Exercise:
     @cached_property
     def library(self) -> Callable:
         """The library's version, under the exercise's name."""
+        return self._named(self.reference)
 
-        @wraps(self.reference)
-        def library(*args: object, **kwargs: object) -> object:
-            self._refuse_in_check()
-            return self.reference(*args, **kwargs)
+    def _named(self, function: Callable) -> Callable:
+        """The function under the exercise's name.
 
-        library.__name__, library.checked_by = self.name, self.name
-        return library
+        In a check it refuses: what an earlier run of the cell gave is no answer to this one.
+        """
 
-    def _refuse_in_check(self) -> None:
-        """What an earlier run of the cell gave is no answer to this one."""
-        if self.checking:
-            raise NotRight(f"Your function calls `{self.name}`, which is what you are to write.")
+        @wraps(function)
+        def named(*args: object, **kwargs: object) -> object:
+            if self.checking:
+                told = f"Your function calls `{self.name}`, which is what you are to write."
+                raise NotRight(told)
+            return function(*args, **kwargs)
+
+        named.__name__, named.checked_by = self.name, self.name
+        return named
 
     def problems(self) -> list[str]:
         """What is wrong with the exercise itself (for tests): every mistake must be told apart."""
@@ -152,7 +153,7 @@ class Exercise:
         for message, wrong in self.mistakes.items():
             yield from ((message, one) for one in (wrong if isinstance(wrong, list) else [wrong]))
 
-    def _gives(self, wrong: Callable, outputs: Mapping[str, object]) -> bool:
+    def _is_this_mistake(self, wrong: Callable, outputs: Mapping[str, object]) -> bool:
         """Whether a mistake gives these outputs, case by case until one differs.
 
         Each case is run once; in one that a mistake fails on, no answer can be that mistake.
@@ -161,7 +162,7 @@ class Exercise:
             if (wrong, label) not in self.slips:
                 try:
                     with contained(CHECK_SECONDS):
-                        self.slips[wrong, label] = self._output(wrong, label)
+                        self.slips[wrong, label] = self._judged_parts(wrong, label)
                 except (Exception, Overrun):
                     self.slips[wrong, label] = {}
             given = self.slips[wrong, label]
@@ -175,27 +176,31 @@ class Exercise:
 
     @cached_property
     def _wanted(self) -> dict[str, Tensor]:
-        outputs = self._outputs(self.reference)
-        return {label: torch.as_tensor(value).detach().cpu() for label, value in outputs.items()}
+        """What the reference gives: case, or case and part -> tensor."""
+        found: dict[str, object] = {}
+        for label in self._inputs:
+            found |= _parts(label, self._run_case(self.reference, label))
+        return {label: torch.as_tensor(value).detach().cpu() for label, value in found.items()}
 
     @property
     def _axes(self) -> list[str]:
-        """The names of the axes of what is compared, as the annotation has them."""
+        """Names of the axes of what is compared, as `run` or else the reference is annotated."""
         for function in filter(None, (self.run, self.reference)):
             returns = inspect.signature(function).return_annotation
             if names := getattr(returns, "dim_str", "").split():
                 return names
         return []
 
-    def _outputs(self, answer: Callable) -> dict[str, object]:
-        """The answer's output on a copy of each case. Raises NotRight if it changed the copy."""
-        outputs = {}
-        for label in self._inputs:
-            outputs |= self._output(answer, label)
-        return outputs
+    def _judged_parts(self, answer: Callable, label: str) -> dict[str, object]:
+        """What an answer gives in a case: label, or label and part -> tensor or number.
 
-    def _output(self, answer: Callable, label: str) -> dict[str, object]:
-        """The parts of the output on a copy of one case."""
+        It is taken apart only where the reference's output is: a list in place of a tensor is told.
+        """
+        output = self._run_case(answer, label)
+        return {label: output} if label in self._wanted else _parts(label, output)
+
+    def _run_case(self, answer: Callable, label: str) -> object:
+        """What an answer gives on a copy of one case. Raises NotRight if it changed the copy."""
         args = self._inputs[label]
         models = [arg for arg in args if isinstance(arg, nn.Module) and hasattr(arg, "cfg")]
         modules = {id(a): a for a in args if isinstance(a, nn.Module)}
@@ -209,26 +214,25 @@ class Exercise:
             changed = watched.undo()
         if changed:
             raise NotRight(changed)
-        for i, (one, other) in enumerate(zip(copy, args, strict=True)):
-            if not _same(one, other):
-                names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
-                name = names[i]
+        names = [*inspect.signature(self.reference).parameters, *["x"] * len(args)]
+        for name, after, before in zip(names, copy, args, strict=False):
+            if not _unchanged(after, before):
                 raise NotRight(
                     f"Your function changes its input `{name}` in place; work on a copy "
                     f"(`{name} = {name}.clone()`)."
                 )
-        whole = "_wanted" in vars(self) and label in self._wanted
-        return {label: output} if whole else _parts(label, output)
+        return output
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
         """In words, or None if it is right. Raises NotImplementedError for an untouched stub."""
         if not callable(answer) or isinstance(answer, type):
             return f"The check wants your function itself; it got {a_kind(answer)}."
-        wanted = self._wanted
+        wanted, outputs = self._wanted, {}
         self.checking = True
         try:
             with contained(CHECK_SECONDS):
-                outputs = self._outputs(answer)
+                for label in self._inputs:
+                    outputs |= self._judged_parts(answer, label)
         except NotRight as slip:
             return str(slip)
         except KeyboardInterrupt:
@@ -237,14 +241,14 @@ class Exercise:
             # torch raises NotImplementedError too, but with a text; the stub has none.
             if isinstance(error, NotImplementedError) and not str(error):
                 raise
-            return describe_error(error, answer)
+            return describe(error, answer)
         finally:
             self.checking = False
         differences = self._differences(outputs, wanted)
         if not differences:
             return None
         for message, wrong in self._slips():
-            if self._gives(wrong, outputs):
+            if self._is_this_mistake(wrong, outputs):
                 return message
         numbers = {label: value for label, value in wanted.items() if not value.ndim}
         if differences.keys() <= numbers.keys() and (text := self._in_all_cases(outputs, numbers)):
@@ -272,7 +276,7 @@ class Exercise:
 
     @staticmethod
     def _in_all_cases(got: Mapping[str, object], want: Mapping[str, Tensor]) -> str | None:
-        """What was done to single numbers: seen together, or it may be chance."""
+        """What was done to single numbers, in all cases alike: in one case it may be chance."""
         values = [torch.as_tensor(got[key]) for key in want if isinstance(got.get(key), NUMBER)]
         if len(values) < max(3, len(want)):
             return None
@@ -281,58 +285,6 @@ class Exercise:
         mine = torch.stack([v.detach().cpu().double() for v in values])
         wanted = torch.stack([value.double() for value in want.values()])
         return kind_of_slip(mine, wanted) if mine.isfinite().all() else None
-
-    def _yours(self, answer: Callable) -> Callable:
-        """The learner's function; the library's after it fails or gives what does not fit."""
-        failed = False
-
-        @wraps(answer)
-        def yours(*args: object, **kwargs: object) -> object:
-            nonlocal failed
-            self._refuse_in_check()
-            if not failed:
-                try:
-                    with contained(USE_SECONDS):
-                        return self._fitted(answer(*args, **kwargs), args, kwargs)
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as error:
-                    failed = True
-                    why = (
-                        str(error) if isinstance(error, NotRight) else describe_error(error, answer)
-                    )
-                    print(f"{self}: {why} The library's version takes over.")
-            return self.reference(*args, **kwargs)
-
-        yours.__name__, yours.checked_by = self.name, self.name
-        return yours
-
-    def _fitted(self, value: object, args: tuple, kwargs: Mapping[str, object]) -> object:
-        """The value in the type and precision that the cells below count on.
-
-        Raises NotRight for a shape that is not the annotation's.
-        """
-        signature = inspect.signature(self.reference)
-        annotation = signature.return_annotation
-        if value is None and self.run is run_hook:
-            return None
-        if annotation is float and isinstance(value, Tensor):
-            return value.item()
-        if not (inspect.isclass(annotation) and issubclass(annotation, AbstractArray)):
-            return value
-        value = torch.as_tensor(value) if isinstance(value, Number) else value
-        if isinstance(value, Tensor) and value.is_floating_point():
-            like = args[0] if self.run is run_hook else torch.empty(0)
-            value = value.to(like.dtype)
-        with jaxtyped("context"):  # named axes are those of the arguments
-            for name, argument in signature.bind(*args, **kwargs).arguments.items():
-                wanted = signature.parameters[name].annotation
-                if inspect.isclass(wanted) and issubclass(wanted, AbstractArray):
-                    isinstance(argument, wanted)
-            if not isinstance(value, annotation):
-                got = list(value.shape) if isinstance(value, Tensor) else a_kind(value)
-                raise NotRight(f"Your function gives {got}, wanted is [{annotation.dim_str}].")
-        return value
 
 
 @dataclass(eq=False)
@@ -353,7 +305,7 @@ class Stretch(Exercise):
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
         @wraps(answer)
-        def limited(*args: object) -> object:  # not what the judge itself runs
+        def limited(*args: object) -> object:  # the time of the judge itself is not limited
             with contained(CHECK_SECONDS):
                 return answer(*args)
 
@@ -364,7 +316,7 @@ class Stretch(Exercise):
         except BaseException as error:
             if isinstance(error, NotImplementedError) and not str(error):
                 raise
-            return describe_error(error, answer)
+            return describe(error, answer)
 
 
 class Exercises:
@@ -440,17 +392,6 @@ class Exercises:
         return pd.DataFrame(rows, columns=columns).set_index(["part", "exercise"])
 
 
-def describe_error(error: BaseException, answer: Callable) -> str:
-    """Type and first line of the error, and the line of the learner's cell it came from."""
-    source = getattr(getattr(answer, "__code__", None), "co_filename", None)
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == source]
-    where = f" at line {lines[-1]} of its cell" if lines else ""
-    if isinstance(error, Overrun):
-        return f"Your function ran too long and was ended{where}."
-    text = (str(error).strip().split("\n")[0][:200] or "without a message").rstrip(".")
-    return f"Your function raised {type(error).__name__}{where}: {text}."
-
-
 def _returning(answer: Callable) -> Callable:
     """The answer; NotRight if it gives nothing, where only a hook may."""
 
@@ -474,15 +415,16 @@ def _parts(label: str, output: object) -> dict[str, object]:
     return {f"{label}, {name}": value for name, value in named}
 
 
-def _same(one: object, other: object) -> bool:
-    """Whether two copies of the same arguments still agree."""
-    if isinstance(one, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
+def _unchanged(after: object, before: object) -> bool:
+    """Whether a copy of arguments still agrees with the original."""
+    if isinstance(after, Tensor):
+        if after.shape != before.shape or after.dtype != before.dtype:
             return False
-        return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    comparable = isinstance(one, (Number, str, bool, type(None)))
-    return one == other if comparable else type(one) is type(other)
+        return torch.allclose(after, before, rtol=0, atol=0, equal_nan=True)
+    if isinstance(after, Mapping):
+        same_keys = after.keys() == before.keys()
+        return same_keys and all(_unchanged(after[key], before[key]) for key in after)
+    if isinstance(after, (tuple, list)):
+        return len(after) == len(before) and all(map(_unchanged, after, before))
+    comparable = isinstance(after, (Number, str, bool, type(None)))
+    return after == before if comparable else type(after) is type(before)

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import TextIOBase
@@ -17,6 +18,10 @@ PRINTED = 1000  # characters that one call may print
 
 class Overrun(BaseException):
     """Ends a function that runs too long; no Exception, so that `except Exception` lets it pass."""
+
+
+class NotRight(Exception):
+    """Carries the sentence that tells the learner what is wrong."""
 
 
 class Trickle(TextIOBase):
@@ -78,6 +83,17 @@ def _time_limit(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, rest, again)
 
 
+def describe(error: BaseException, answer: Callable) -> str:
+    """Type and first line of the error, and the line of the learner's cell it came from."""
+    source = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == source]
+    where = f" at line {lines[-1]} of its cell" if lines else ""
+    if isinstance(error, Overrun):
+        return f"Your function ran too long and was ended{where}."
+    text = (str(error).strip().split("\n")[0][:200] or "without a message").rstrip(".")
+    return f"Your function raised {type(error).__name__}{where}: {text}."
+
+
 class Watched:
     """The weights and hooks of models, to see whether a function changed them and undo it."""
 
@@ -113,8 +129,8 @@ class Watched:
 def keep_names(fallback: Callable[[str], Callable | None]) -> None:
     """In a notebook, what a learner's cell does to the notebook's own names is undone.
 
-    After a cell with `@checks.<name>` every name that stood before is what it was, but for the
-    functions the checks gave; and each `<name>` is there, `fallback(name)` if the cell failed.
+    After a cell with `@checks.<name>` every other name that stood before has its value again.
+    `<name>` itself is what the check gave, or `fallback(name)` if the cell failed.
     """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:

@@ -21,18 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.ledger.results import (
-    FAILS,
-    HOLDS,
-    ROOT,
-    UNDECIDED,
-    merge_seeds,
-    plain,
-    read_json,
-    write_json,
-)
+from utils.ledger.results import FAILS, HOLDS, UNDECIDED, merge_seeds, plain, read_json, write_json
 from utils.ledger.rules import Verdict, every
 from utils.ledger.table import LedgerTable, Rule
+from utils.session import ROOT
+
+VERDICTS = {True: HOLDS, False: FAILS, None: UNDECIDED}  # what a rule gives -> what the file says
+AS_RULED = {words: verdict for verdict, words in VERDICTS.items()}
 
 
 class Claim(NamedTuple):
@@ -74,7 +69,7 @@ class Ledger:
 
         It does not hold when a claim that it needs does not, or a figure is None, NaN or (if it is
         reported) infinite; it is undecided where its rule is, or a claim that it needs. A second
-        record of a claim replaces the first; if its verdict is another, what needs it has to be
+        record of a claim replaces the first; if the verdict changes, what needs it has to be
         recorded again. Raises ValueError for an unknown id, or when a claim that it needs was not
         recorded, or for an error below zero or infinite; TypeError for figures that are not the
         rule's, and a rule that gives anything but True, False or None.
@@ -95,15 +90,16 @@ class Ledger:
             _check_figure(claim_id, figure)
         value, stderr, n = measured if isinstance(measured, tuple) else (measured, None, None)
         known = plain(value) is not None and all(map(_known, (*others, *named.values())))
-        verdicts = {HOLDS: True, FAILS: False, UNDECIDED: None}
-        needed = every(known, *(verdicts[entries[other]["verdict"]] for other in claim.needs))
-        try:
-            holds = False if needed is False else claim.holds(measured, *others, **named)
-        except (AttributeError, TypeError) as error:
-            raise TypeError(f"{claim_id}: its rule cannot use these figures: {error}") from error
+        needed = every(*(AS_RULED[entries[other]["verdict"]] for other in claim.needs))
+        holds = False
+        if known and needed is not False:
+            try:
+                holds = claim.holds(measured, *others, **named)
+            except (AttributeError, TypeError) as error:
+                told = f"{claim_id}: its rule cannot use these figures: {error}"
+                raise TypeError(told) from error
         if not (holds is None or isinstance(holds, bool | np.bool_)):
             raise TypeError(f"{claim_id}: its rule must give True, False or None, got {holds!r}")
-        holds = every(needed, holds)
         entries[claim_id] = {
             "id": claim_id,
             "statement": claim.statement,
@@ -114,7 +110,7 @@ class Ledger:
             "stderr": plain(stderr),
             "n": n,
             "others": _named_figures(claim.holds, (measured, *others), named),
-            "verdict": UNDECIDED if holds is None else HOLDS if holds else FAILS,
+            "verdict": VERDICTS[every(needed, holds)],
         }
         if before and before["verdict"] != entries[claim_id]["verdict"]:
             for other in [i for i in entries if claim_id in self.claims[i].needs]:
@@ -156,7 +152,7 @@ def _named_figures(rule: Callable, figures: tuple, named: Mapping) -> dict[str, 
 
 
 def _check_figure(claim_id: str, figure: object) -> None:
-    """Raise ValueError for an estimate whose error is no error, or that is of no values."""
+    """Raise ValueError for an estimate whose standard error or count cannot be one."""
     if isinstance(figure, tuple):
         if len(figure) != 3:
             raise ValueError(f"{claim_id}: an estimate is (mean, stderr, n), got {figure!r}")

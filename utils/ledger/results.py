@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parents[2]
+from utils.session import ROOT as ROOT  # for those who import it from here
+
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?"}
 
@@ -44,7 +45,7 @@ def plain(value: float | None) -> float | None:
 def cells(claim: dict) -> tuple[str, str, str]:
     """Verdict with its sign, published figure and our figure of an entry, as text."""
     published = "–" if claim["published"] is None else str(claim["published"])
-    if not isinstance(claim["published"], str):  # in words a dash is no sign
+    if not isinstance(claim["published"], str):  # in words a dash is no minus sign
         published = published.replace("-", "−")
     if claim["published_model"]:
         published += f" ({claim['published_model']})"

@@ -15,7 +15,8 @@ from utils.typed import checked
 Verdict = bool | None
 Figure = float | tuple[float, float, int]
 ERRORS = 2  # about the 95 % interval
-numbers = partial(checked, gaps_in=("figure", "bound"))  # one that is nan is told by the ledger
+# `checked` refuses nan; these accept it, for the ledger has a verdict on it: it does not hold
+numbers = partial(checked, gaps_in=("figure", "bound"))
 
 
 @numbers

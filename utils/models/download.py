@@ -101,7 +101,7 @@ def download(repo_id: str, patience: float) -> str:
 
 
 def damaged(repo_id: str, folder: Path) -> list[Path]:
-    """The files, of those we read, that are not what the hub published, or not what is pinned.
+    """Which of the files we read are not what the hub published, or not what is pinned.
 
     The hub's cache names a file by its hash: SHA-256 for large ones, git's for others. (A cache
     without links, as on Windows, does not: there only what is pinned is compared.)
@@ -134,5 +134,5 @@ def _arrived(storage: Path) -> tuple[int, int]:
 
 
 def _cut_short(storage: Path) -> set[Path]:
-    """What downloads that were ended leave, and no later one goes on with."""
+    """The unfinished files of downloads that were ended; no later download goes on with them."""
     return set(storage.glob("blobs/*.*.incomplete"))

@@ -120,7 +120,10 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and hashes of what decides a model's output: 64 hex digits."""
+    """SHA-256 over names and hashes of config.json and every *.safetensors, as 64 hex digits.
+
+    These decide what a model computes of tokens: `read_folder` reads weights from no other file.
+    """
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     lines = [f"{path.name} {file_sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

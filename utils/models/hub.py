@@ -18,14 +18,12 @@ HUB_HEADERS = ("X-Repo-Commit", "X-Error-Code")  # the hub sends one of them, a 
 ELSE = 'Or use the offline model: load_model("smollm2-135m")'
 
 
-def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers, in at most 4.5 seconds; asked once a process."""
-    return not hub_trouble()
-
-
 @functools.cache
 def hub_trouble() -> str:
-    """What is wrong with the hub's answer, in a few words, or nothing; asked once a process."""
+    """What is wrong with the hub's answer, in a few words, or nothing if it answers as a hub does.
+
+    Known after at most 4.5 seconds; asked once a process.
+    """
     found = []
 
     def ask() -> None:

@@ -18,7 +18,7 @@ from utils.models.offline import GGUF_IS, GGUF_SHA256, load_smollm2
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
-DEFAULT_PATIENCE = 5  # seconds that a download of nobody's choice may stand still
+DEFAULT_PATIENCE = 5  # seconds without progress allowed to a download that nobody asked for
 
 
 class Origin(NamedTuple):
@@ -38,8 +38,8 @@ def load_model(
     folder in Hugging Face format. None: the environment variable MECH_INTERP_MODEL, else GPT-2
     small, else (hub out of reach) SmolLM2-135M-Instruct. Prints one line: which model, and where
     its weights came from. ValueError: unknown name, device or architecture, no model or revision
-    there, weights pickled or not finite.
-    ConnectionError: needs the hub, which does not answer.
+    there, weights pickled, damaged or not finite. ConnectionError: needs the hub, which does not
+    answer. FileNotFoundError: needs the offline model, which is not installed.
     """
     device = _checked_device(device)
     weights, origin = load_hf(name)
@@ -56,8 +56,7 @@ def load_model(
             f"name={name or origin.label!r}: TransformerLens cannot wrap this model in "
             f"compatibility mode ({type(error).__name__}: {error})"
         ) from error
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if broken:
+    if broken := [key for key, p in model.named_parameters() if not p.isfinite().all()]:
         what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
         raise ValueError(f"name={name or origin.label!r}: {what}")
     model.origin = origin
@@ -69,6 +68,7 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     """The weights of `load_model(name)` as a plain Hugging Face model on the CPU, and their origin.
 
     Compatibility mode changes the model it wraps in place: reference computations need their own.
+    Raises as `load_model`, but takes weights that are not finite or that it could not wrap.
     """
     transformers.utils.logging.disable_progress_bar()  # no bars for steps of under a second
     name = os.environ.get("MECH_INTERP_MODEL") or None if name is None else name

@@ -14,9 +14,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from utils.session import ROOT
 from utils.session.restart import explain_missing_names
 
-ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("numpy", "torch")  # large, built for the machine, and imported by everything else
 TESTED = ("transformer-lens", "transformers")  # whose newer releases have changed what we build on
 

@@ -7,7 +7,8 @@ import symtable
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from utils.session import ROOT
+
 FIRST = ""
 HOW = (
     "After a restart run all cells above first "
@@ -39,9 +40,9 @@ def explain_in_session() -> None:
 
 
 def where_made(notebook: Path) -> dict[str, str]:
-    """For each name that code cells make, the first that does, by number and heading.
+    """For each name that code cells make, the first cell that does: its number and heading.
 
-    Under `FIRST` the first of all.
+    `FIRST` stands for the first code cell of all.
     """
     found, heading, n = {}, "", 0
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:

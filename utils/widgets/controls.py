@@ -1,8 +1,8 @@
 """Widgets: controls over a figure, which a click or a key redraws at once.
 
-    widgets.by_steps(sliders.toy_training(run, at=135), "training step")
-    widgets.your_text(model, {"induction": [...], "previous token": [...]})
-    widgets.your_sentence(model, found_circuit, own_text.means_by_place(recorded, positions))
+    controls.by_steps(sliders.toy_training(run, at=135), "training step")
+    controls.your_text(model, {"induction": [...], "previous token": [...]})
+    controls.your_sentence(model, found_circuit, own_text.means_by_place(recorded, positions))
 
 Where no kernel runs, the figure's first state stands in the widget's place. Whatever was typed is
 shown as text, never as HTML.
@@ -85,7 +85,10 @@ class Live(VBox):
 
 
 def by_steps(figure: go.Figure, name: str) -> Live:
-    """A figure of `utils.widgets.sliders` under a slider that the arrow keys move too."""
+    """A figure of `utils.widgets.sliders` under a slider that the arrow keys move too.
+
+    Raises ValueError for a figure without a slider of its own.
+    """
     (own,) = figure.layout.sliders
     options = [(step.label, i) for i, step in enumerate(own.steps)]
     wide = dict(layout=Layout(width="95%"), style=dict(description_width="initial"))

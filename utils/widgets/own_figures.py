@@ -4,14 +4,13 @@ Whatever was typed is escaped: plotly reads some HTML in its labels.
 """
 
 from collections.abc import Sequence, Set
-from html import escape
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from utils.diagram import LOWERS, RAISES
 from utils.heads import Head
-from utils.look import COLOURS, titled
+from utils.look import COLOURS, escaped, titled
 from utils.widgets.own_text import EndRun, TextRun
 
 ATTENTION = dict(zmin=0, zmax=1, colorscale="Blues", showscale=False)
@@ -31,7 +30,7 @@ def text_figure(
     labels = [f"{head} off" if head in off else str(head) for head in heads]
     titles = [
         "loss of each token (nats)",
-        f"attention from {_shown(words[position].strip())} (token {position})",
+        f"attention from {escaped(words[position].strip())} (token {position})",
     ]
     look = dict(shared_xaxes=True, vertical_spacing=0.16, subplot_titles=titles)
     figure = make_subplots(2, 1, row_heights=[200, 20 + 18 * len(heads)], **look)
@@ -42,7 +41,7 @@ def text_figure(
         figure.add_bar(x=at[1:], y=run.losses.numpy(), **look, row=1, col=1)
     z = after.attention[:, position].numpy()
     figure.add_heatmap(z=z, x=at, y=labels, **ATTENTION, row=2, col=1)
-    ticks = dict(tickvals=at, ticktext=[_shown(word) for word in words], tickangle=-60)
+    ticks = dict(tickvals=at, ticktext=[escaped(word) for word in words], tickangle=-60)
     figure.update_xaxes(**ticks, showticklabels=True)
     figure.update_yaxes(autorange="reversed", dtick=1, row=2)
     note = f"mean loss {before.losses.mean():.2f} nats"
@@ -71,21 +70,16 @@ def end_figure(
     for name, run, colour in (("now", after, lit), ("with all heads", before, "#a0a0a0")):
         bar = dict(orientation="h", name=name, marker_color=colour, showlegend=False)
         figure.add_bar(x=run.written.numpy(), y=rows, **bar, row=1, col=2)
-    ticks = dict(tickvals=at, ticktext=[_shown(word) for word in words], tickangle=-60)
+    ticks = dict(tickvals=at, ticktext=[escaped(word) for word in words], tickangle=-60)
     figure.update_xaxes(**ticks, row=1, col=1)
     figure.update_xaxes(title="logits", zeroline=True, zerolinecolor="#888", row=1, col=2)
     figure.update_yaxes(autorange="reversed", dtick=1)
     figure.update_yaxes(ticks="", row=1, col=2)
     figure.update_layout(margin_b=90)  # the words hang down
-    wins = _shown(names[after.logit_diff < 0].strip())
+    wins = escaped(names[after.logit_diff < 0].strip())
     shares = zip(names, after.probabilities, strict=True)
-    note = ", ".join(f"{_shown(name.strip())} {share:.1%}" for name, share in shares)
-    note += f"; likeliest: {_shown(likeliest.strip())}; with all heads "
+    note = ", ".join(f"{escaped(name.strip())} {share:.1%}" for name, share in shares)
+    note += f"; likeliest: {escaped(likeliest.strip())}; with all heads "
     note += f"{before.logit_diff:+.2f} (grey bars)"
     title = f"{wins} wins: logit difference {after.logit_diff:+.2f}"
     return titled(figure, title, note, 48, height=240 + 20 * len(heads))
-
-
-def _shown(text: str) -> str:
-    """Typed text as plotly shows it: no tags, and line breaks visible."""
-    return escape(text.replace("\n", "\\n"), quote=False)

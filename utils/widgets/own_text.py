@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.checks import start_token
 from utils.circuit import Node
 from utils.edits import Edit, Run, heads_from, hook_name, hooks, only_at
 from utils.engine.readout import Hooks
 from utils.heads import check_heads
 from utils.ioi import NamePrompts
 from utils.metrics import last_position_hooks, logit_diff, per_token_loss
-from utils.prompts import start_token
 from utils.typed import checked
 
 MOST_TOKENS = 40  # more do not fit a figure, nor the time of a click
@@ -176,7 +176,8 @@ def _knocked_out(
 def _keeping(
     model: TransformerBridge, heads: Iterable[tuple[int, int]], sites: Sequence[str]
 ) -> tuple[dict[str, Tensor], Hooks]:
-    """What the hooks keep of these heads' layers, by hook name, and the hooks."""
+    """Activations of these heads' layers, by hook name, and the hooks that put them there."""
+    # `cache_heads` and `record` give no logits: with them a click would take two runs
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook) -> None:

@@ -126,7 +126,8 @@ def circuits_by_threshold(
     """The circuit of all nodes above a threshold, its size, and what it keeps.
 
     `contributions`: nodes from the largest on, as shares; `kept`: number of nodes to the share
-    that they keep, by group of prompts; `named`: nodes that have a role. One step a size.
+    that they keep, by group of prompts; `named`: nodes that have a role. One step a size. Raises
+    ValueError for no sizes, one larger than the number of nodes, or a node at none of `PLACES`.
     """
     nodes, sizes = list(contributions), sorted(kept)
     if not sizes or sizes[-1] > len(nodes):
