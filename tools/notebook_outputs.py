@@ -8,6 +8,7 @@ A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figur
 
 import base64
 import copy
+import html
 import re
 import tempfile
 from io import BytesIO
@@ -155,7 +156,7 @@ def alt_text(figure: dict | None) -> str:
     parts = [title.get("text"), title.get("subtitle", {}).get("text")]
     parts += [" against ".join(filter(None, axes)), ", ".join(names)]
     text = ". ".join(part for part in parts if part)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text)).strip()
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 
 
 def write_figures(notebook: NotebookNode, project: Path) -> None:

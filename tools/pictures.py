@@ -10,7 +10,7 @@ from PIL import Image
 # Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, up to so
 # many, and a colour bar, whose rows are of one colour, has enough to be read. Edges of letters and
 # lines, where most of the bytes go, share a few.
-FLAT, ROWS, EDGES = 196, 24, 10
+FLAT, ROWS, EDGES = 196, 24, 6
 # This method and k-means keep rare colours; the default does not.
 PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
