@@ -12,7 +12,7 @@ from tools.results import compare, markdown_table, summary
 from utils.heads import Head
 from utils.ledger import claims as ledger_module
 from utils.ledger.claims import Claim, Ledger
-from utils.ledger.results import decimals, merge_seeds, others, read_json, write_json
+from utils.ledger.results import decimals, merge_seeds, others, read_json, why, write_json
 from utils.ledger.rules import above, at_least, below, every
 from utils.ledger.table import LedgerTable, Rule
 from utils.metrics import Estimate
@@ -65,7 +65,7 @@ def test_the_file_follows_the_schema(ledger, tmp_path):
     assert figures == [0.25, None, None, "does not hold"]
     text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
     figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
-    verdict = {"others": {}, "verdict": "holds"}
+    verdict = {"others": {}, "for_want_of": [], "verdict": "holds"}
     assert list(lm.items()) == list((text | figure | verdict).items())
 
 
@@ -75,6 +75,17 @@ def test_what_else_a_rule_looks_at_is_kept_by_its_name(ledger):
     (claim,) = read_json(ledger.path)["claims"]
     assert claim["others"] == {"rate": 0.25, "of": None}
     assert others(claim | {"others": {"rate_before": 0.25, "of": None}}) == "rate before 0.250"
+
+
+def test_what_a_claim_lacks_is_told(ledger):
+    fails = Claim("Heads form", "p", "r.", lambda x: False)
+    ledger.claims = {"a": fails, "b": Claim("All alike", "p", "r.", lambda x: x < 1, needs=("a",))}
+    ledger.record("a", 1.0)
+    ledger.record("b", 0.5)
+    first, second = read_json(ledger.path)["claims"]
+    assert (why(first), why(second)) == ("", "but needs “Heads form”")
+    assert "but needs “Heads form”" in ledger.table()._repr_html_()
+    assert "ours 0.500 but needs" in repr(ledger.table())
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):

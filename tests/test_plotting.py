@@ -32,7 +32,11 @@ def test_heatmap_keeps_values_labels_and_order():
     fig = plotting.heatmap(values, x=["a", "a", "<b>"], y=[3, 4], **TITLE, **names)
     assert np.allclose(fig.data[0].z, values)
     assert titles(fig) == ["t", "token", "layer"]
-    assert fig.layout.xaxis.ticktext == ("a", "a", "&lt;b&gt;")  # a repeated token stays two columns
+    assert fig.layout.xaxis.ticktext == (
+        "a",
+        "a",
+        "&lt;b&gt;",
+    )  # a repeated token stays two columns
     assert (fig.layout.yaxis.ticktext, fig.layout.yaxis.autorange) == (("3", "4"), "reversed")
     assert "layer: %{y}<br>token: %{x}<br>score: %{z" in fig.data[0].hovertemplate
     assert fig.layout.title.subtitle.text == "score: darker is more"

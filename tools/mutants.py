@@ -26,10 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.provider import OperatorProvider
-
 ANALYSIS = "heads metrics edits ablation patching paths circuit attribution weights selection toy"
 ENGINE = "replay packs direct readout memory shortcuts"
 MODULES = [*ANALYSIS.split(), *(f"engine/{name}" for name in ENGINE.split())]
@@ -47,6 +43,10 @@ class Mutant(NamedTuple):
 
     @property
     def changed(self) -> str:
+        """The file's source, changed."""
+        from cosmic_ray.mutating import mutate_code  # `make mutants` installs it, and nothing else
+        from cosmic_ray.operators.provider import OperatorProvider
+
         operator = OperatorProvider()[self.operator]()
         return mutate_code(Path(self.path).read_text(encoding="utf-8"), operator, self.occurrence)
 
@@ -56,16 +56,16 @@ class Mutant(NamedTuple):
 
 
 def untouched(source: str) -> set[int]:
-    """Lines of imports and docstrings, and those of annotations, none of which compute."""
+    """Lines of imports, docstrings, annotations and `no_grad`, none of which make a figure."""
+    documented = ast.FunctionDef | ast.ClassDef | ast.Module
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         aside = [node] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(
-            node
-        ):
+        if isinstance(node, documented) and ast.get_docstring(node):
             aside.append(node.body[0])
         if isinstance(node, ast.FunctionDef):
             aside += [node.args, node.returns]
+            aside += [d for d in node.decorator_list if "no_grad" in ast.unparse(d)]
         if isinstance(node, ast.AnnAssign):
             aside.append(node.annotation)
         for part in aside:
@@ -76,6 +76,9 @@ def untouched(source: str) -> set[int]:
 
 def mutants_of(path: str) -> Iterator[list[Mutant]]:
     """For every place of a file that can be changed: the ways to change it."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.operators.provider import OperatorProvider
+
     source = Path(path).read_text(encoding="utf-8")
     nodes, left_alone = list(ast_nodes(get_ast(source))), untouched(source)
     places: dict[tuple, list[Mutant]] = {}
@@ -123,8 +126,8 @@ def tests_of(module: str, operator: str = "") -> list[str]:
 class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     """Gives one module with another source than its file's."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.module, self.path, self.source = mutant.module, mutant.path, mutant.changed
+    def __init__(self, module: str, path: str, source: str) -> None:
+        self.module, self.path, self.source = module, path, source
 
     def find_spec(self, name: str, path: object, target: object = None):
         return importlib.util.spec_from_loader(name, self) if name == self.module else None
@@ -145,7 +148,7 @@ def start(mutant: Mutant | None, files: list[str]) -> int:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     if mutant:
-        sys.meta_path.insert(0, Changed(mutant))
+        sys.meta_path.insert(0, Changed(mutant.module, mutant.path, mutant.changed))
     import pytest
 
     options = ["-x", "-q", "-m", "not nightly", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -11,9 +11,9 @@ from utils.ledger.results import (
     UNDECIDED,
     cells,
     counts,
-    others,
     read_json,
     verdict,
+    why,
 )
 from utils.look import role_in_words
 
@@ -91,8 +91,8 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
 
 def with_others(claim: dict) -> str:
     """Our figure and, where the claim does not hold, what else its rule looks at."""
-    more = "" if claim["verdict"] == HOLDS else others(claim)
-    return cells(claim)[2] + (f", with {more}" if more else "")
+    more = "" if claim["verdict"] == HOLDS else why(claim)
+    return cells(claim)[2] + (f", {more}" if more else "")
 
 
 def markdown_table(ledger: dict | Path) -> str:

@@ -110,6 +110,11 @@ class Ledger:
             "stderr": plain(stderr),
             "n": n,
             "others": _named_figures(claim.holds, (measured, *others), named),
+            "for_want_of": [
+                self.claims[other].statement
+                for other in claim.needs
+                if entries[other]["verdict"] != HOLDS
+            ],
             "verdict": VERDICTS[every(needed, holds)],
         }
         if before and before["verdict"] != entries[claim_id]["verdict"]:

@@ -65,9 +65,15 @@ def _figure(claim: dict) -> str:
 
 
 def others(claim: dict) -> str:
-    """The other figures that the rule looks at, by name: why a claim does not hold."""
+    """The other figures that the rule looks at, by name."""
     known = {name: x for name, x in claim["others"].items() if x is not None}
     return ", ".join(f"{name.replace('_', ' ')} {decimals(x)}" for name, x in known.items())
+
+
+def why(claim: dict) -> str:
+    """What decides beside the figure reported: others, and claims it needs that do not hold."""
+    found = [f"with {others(claim)}"] if others(claim) else []
+    return ", ".join([*found, *(f"but needs “{other}”" for other in claim.get("for_want_of", []))])
 
 
 def decimals(value: float, places: int = 3) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, others, seeds
+from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, seeds, why
 
 # White on these, and these on white, have a contrast of at least 4.5; the sign says the same.
 COLOURS = {HOLDS: "#1a7f37", FAILS: "#b3261e", UNDECIDED: "#7a5c00"}
@@ -39,8 +39,7 @@ class LedgerTable:
         lines = [f"{counts(self.claims)}."]
         for claim in self.claims:
             verdict, published, figure = cells(claim)
-            with_ = f" with {others(claim)}" if others(claim) else ""
-            figures = f"ours {figure}{with_}; published {published}"
+            figures = f"ours {' '.join(filter(None, (figure, why(claim))))}; published {published}"
             lines.append(f"{verdict}: {claim['statement']}: {figures}")
         return "\n".join(lines)
 
@@ -65,8 +64,8 @@ def _links(words: str, claims: list[tuple[str, dict]]) -> str:
 def _row(anchor: str, claim: dict, rule: Rule) -> str:
     _, published, figure = map(escape, cells(claim))
     badge = f"{SIGNS[claim['verdict']]} {claim['verdict']}"
-    why = f"with {others(claim)}" if claim["verdict"] != HOLDS and others(claim) else ""
-    more = "".join(f"<div>{escape(text)}</div>" for text in (why, seeds(claim)) if text)
+    decides = "" if claim["verdict"] == HOLDS else why(claim)
+    more = "".join(f"<div>{escape(text)}</div>" for text in (decides, seeds(claim)) if text)
     return (
         f'<div id="{anchor}" style="{ROW}">'
         f'<div style="flex:0 0 9em"><span style="{BADGE}{COLOURS[claim["verdict"]]}">'

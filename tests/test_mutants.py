@@ -1,0 +1,52 @@
+"""Mutants: the lines left alone, whose tests they meet, and how a changed module is put in."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from tools import mutants
+from utils.ledger.results import ROOT
+
+SOURCE = '''"""A module."""
+from math import pi
+
+import torch
+
+
+@torch.no_grad()
+def area(
+    radius: float,
+    scale: "1 + 1" = 2,
+) -> "2 * 3":
+    """Of a disc,
+    2 lines."""
+    return scale * pi * radius**2
+'''
+
+
+def test_what_makes_no_figure_is_left_alone():
+    lines = SOURCE.splitlines()
+    changed = {
+        line for i, line in enumerate(lines, 1) if line and i not in mutants.untouched(SOURCE)
+    }
+    assert changed == {"def area(", "    return scale * pi * radius**2"}
+
+
+def test_a_mutant_meets_the_tests_of_its_module_first(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert mutants.tests_of("utils.heads")[0] == "tests/test_heads.py"
+    assert mutants.tests_of("utils.heads", "RemoveDecorator")[0] == "tests/test_bad_inputs.py"
+    of_engine = mutants.tests_of("utils.engine.packs")
+    assert of_engine[0] == "tests/test_replay.py" and "tests/test_paths.py" in of_engine
+    assert not any("notebooks" in path for path in of_engine)
+
+
+def test_a_changed_module_takes_the_place_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "answer.py").write_text("found = 42\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(Path(tmp_path, "answer.py"))
+    finder = mutants.Changed("answer", path, "found = 41\n")
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    assert import_module("answer").found == 41
+    sys.modules.pop("answer")
+    assert mutants.Mutant("utils/engine/packs.py", 1, "AddNot", 0).module == "utils.engine.packs"
