@@ -385,7 +385,7 @@ def test_a_notebook_killed_in_the_middle_keeps_what_was_run_and_runs_again(start
     process = start("40 + 2", "import time; time.sleep(3)", "'last'")
     wait_for(process, "cell 2/3")
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
+    process.communicate(timeout=30)
     assert outputs(start.kept)[0][0].data["text/plain"] == "42"
     process = start("40 + 2", "'ä'")
     process.communicate(timeout=60)

@@ -135,7 +135,8 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
             i: c["verdict"] for i, c in shipped.items()
         }
         for i, claim in ledger.items():
-            assert claim["measured"] == pytest.approx(shipped[i]["measured"], 1e-4, 1e-4), i
+            want = shipped[i]["measured"]  # None: a figure that could not be had
+            assert claim["measured"] == (None if want is None else pytest.approx(want, 1e-4, 1e-4))
     committed = read_json(path.parent / "results" / f"{MODEL}.json")
     assert {claim["id"] for claim in committed["claims"]} - set(shipped) <= STUDIED
     assert ("ioi.published_heads" in shipped) == ("IOI" in path.stem)
@@ -143,8 +144,9 @@ def test_on_random_weights_answers_make_no_difference_and_no_claim_holds(
 
 
 def assert_no_claim_holds(ledger):
+    """None about the model: toys are trained in the notebook, the census's rows are committed."""
     held = [i for i, claim in ledger.items() if claim["verdict"] == HOLDS]
-    assert [i for i in held if not i.startswith("toy.")] == []
+    assert [i for i in held if not i.startswith(("toy.", "census."))] == []
 
 
 @pytest.mark.nightly

@@ -312,7 +312,7 @@ def gap_by_prompt(
     """How far circuit and model are apart without a role, prompt by prompt, as a share of F(M).
 
     With d = F(C - G) - F(M - G), the mean over the roles G of `completeness` of d sign(mean d),
-    over |mean F(M)|: its mean over the prompts is that of `|mean d|`, the distance of section 4.1.
+    over `|mean F(M)|`: its mean over the prompts is that of `|mean d|`, as in section 4.1.
     nan for a circuit without roles. Raises ValueError for pairs without "none", or with nan.
     """
     if "none" not in pairs:

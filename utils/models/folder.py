@@ -120,7 +120,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over names and hashes of config.json and every *.safetensors, as 64 hex digits.
+    """SHA-256 over names and hashes of config.json and each `*.safetensors`, as 64 hex digits.
 
     These decide what a model computes of tokens: `read_folder` reads weights from no other file.
     """
