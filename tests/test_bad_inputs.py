@@ -609,7 +609,7 @@ PART = {
     "names": ("values",),
     "sources": ("positions",),
     "errors": ("stderr",),
-    "panels": ("series",),
+    "by_label": ("series",),
 }
 
 

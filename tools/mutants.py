@@ -151,7 +151,8 @@ def start(mutant: Mutant | None, files: list[str]) -> int:
         sys.meta_path.insert(0, Changed(mutant.module, mutant.path, mutant.changed))
     import pytest
 
-    options = ["-x", "-q", "-m", "not nightly", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = ["-x", "-q", "-m", "not nightly", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # libraries are loaded before it
     os._exit(int(pytest.main([*options, *files])))
 
 
