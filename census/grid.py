@@ -6,7 +6,7 @@ plane; `models(names)` takes hub ids (`owner/name@revision`), local folders and 
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +99,11 @@ def toy_key(toy: Toy) -> str:
     kind = f"toy-l{toy.n_layers}{'-smeared' * toy.smeared}-h{toy.n_heads}-d{toy.d_model}"
     data = f"s{toy.shortest}to{toy.longest}-c{toy.context}-b{toy.batch}"
     return f"{kind}-{data}-lr{toy.lr:g}-n{toy.n_steps}-seed{toy.seed}"
+
+
+def toy_of(row: Mapping) -> Toy:
+    """The setting of a row of the results; KeyError for a row that lacks a part of it."""
+    return Toy(*(type(value)(row[name]) for name, value in CENTRE._asdict().items()))
 
 
 def models(names: Iterable[str], gpus: float = 0) -> list[Task]:

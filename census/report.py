@@ -76,8 +76,8 @@ def emergence(toys: pd.DataFrame) -> dict[str, Figure]:
     series = {f"batch {int(b)}": (mean.loc[b].to_numpy(), error.loc[b].fillna(0).to_numpy())
               for b in mean.index}  # fmt: skip
     words = dict(title="When do induction heads form?", x_label="context length in tokens")
-    label = "steps to the sharpest drop"
-    return {"emergence": plotting.lines(list(mean.columns), series, y_label=label, **words)}
+    words |= dict(y_label="steps to the sharpest drop", log_x=True, log_y=True)
+    return {"emergence": plotting.lines(list(mean.columns), series, **words)}
 
 
 def depths(models: pd.DataFrame) -> dict[str, Figure]:

@@ -75,6 +75,7 @@ CLAIMS: dict[str, Claim] = {
         "the training around the sharpest rise of prefix matching; mean over the same trainings as "
         "for depth, its error over settings. What comes before and after on real text, the toys do "
         "not have. Holds when it is above 0.75.",
+        n_of="trainings",
         holds=lambda share: above(share, 0.75),
         needs=("census.depth",),
     ),
@@ -97,7 +98,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: share of the variance of log steps to the sharpest drop that a power law "
         "of batch and context size predicts for settings it was not fitted on. The form is ours, "
         "a power law in both; so is the task, where a longer context comes with longer segments. "
-        "Holds when it is above 0.8, over ten settings or more.",
+        "Settings in which no head formed are left out. Holds when it is above 0.8, over ten "
+        "settings or more.",
         holds=lambda share, n_settings: share > 0.8 and n_settings >= 10,
     ),
     "census.size_agnostic": Claim(
@@ -108,6 +110,7 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: exponent of the number of parameters in the steps to the sharpest drop, "
         "over sizes as for depth. Toys span a factor of ten in size at one learning rate. Holds "
         "when it lies between -0.1 and 0.1: ten times the size shifts it by a quarter at most.",
+        n_of="seeds",
         holds=lambda exponent: every(above(exponent, -0.1), below(exponent, 0.1)),
         needs=("census.depth",),
     ),
@@ -118,6 +121,7 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: exponent of context size minus that of batch size in the steps to the "
         "sharpest drop, over the plane of both. The paper's equation may weigh them otherwise. "
         "Holds when it lies between -0.25 and 0.25.",
+        n_of="seeds",
         holds=lambda difference: every(above(difference, -0.25), below(difference, 0.25)),
     ),
     "census.quadratic": Claim(
@@ -128,8 +132,10 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: exponent of context size in the steps to the sharpest drop, at fixed "
         "batch size, over the plane. Their bound is for a modified transformer, a minimal task and "
         "an asymptotic length; our toys predict every token, with Adam, at four lengths within a "
-        "factor of three: they can show whether the square carries over, not whether it is right "
-        "there. Holds when it lies between 1.5 and 2.5.",
+        "factor of three (those at which a head forms), and segments that grow with them: they can "
+        "show whether the square carries over, not whether it is right there. Holds when it lies "
+        "between 1.5 and 2.5.",
+        n_of="seeds",
         holds=lambda exponent: every(at_least(exponent, 1.5), below(exponent, 2.5)),
     ),
     "census.pythia": Claim(
@@ -167,8 +173,7 @@ def figures(rows: pd.DataFrame) -> dict[str, tuple]:
         "census.size_agnostic": (exponents(sized, "n_parameters")[0],),
     }
     _, by_context, difference = emergence_law(plane)
-    settings = plane[["batch", "context"]].drop_duplicates()
-    found["census.predicts"] = (_predicted(plane), len(settings))
+    found["census.predicts"] = _predicted(plane)
     found["census.same_tokens"] = (difference,)
     found["census.quadratic"] = (by_context,)
     tokens = pythia_tokens(done[done["kind"] == "model"])
@@ -229,14 +234,16 @@ def _deviation(sized: pd.DataFrame) -> float:
     return float(((means - centre) / centre).abs().max()) if len(means) > 1 else math.nan
 
 
-def _predicted(plane: pd.DataFrame) -> float:
+def _predicted(plane: pd.DataFrame) -> tuple[float, int]:
+    """The share that the law predicts of settings left out, and the number of settings."""
     formed = plane[plane["formed"].astype(bool)]
     factors = {name: _tensor(formed, name) for name in ("batch", "context")}
     settings = torch.tensor(formed.groupby(["batch", "context"]).ngroup().to_numpy()).long()
     try:
-        return held_out_share(factors, _tensor(formed, "emergence_step"), settings)
+        share = held_out_share(factors, _tensor(formed, "emergence_step"), settings)
     except ValueError:  # too few rows
-        return math.nan
+        share = math.nan
+    return share, len(settings.unique())
 
 
 def _tensor(rows: pd.DataFrame, column: str) -> Tensor:

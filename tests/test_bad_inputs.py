@@ -54,7 +54,8 @@ FREE = {
     "grouped",
     "kwargs",
 }
-FREE |= {"title", "x_label", "y_label", "value_label", "head_label", "note", "diverging", "log_x"}
+FREE |= {"title", "x_label", "y_label", "value_label", "head_label", "note", "diverging"}
+FREE |= {"log_x", "log_y"}
 FREE |= {"diagonal", "options", "marker", "baseline", "label_top", "size", "verdicts"}
 FREE_IN = {"plotting.panels": {"window"}}
 

@@ -439,6 +439,12 @@ def toy_rows(tmp_path, n_seeds=2):
     return pd.DataFrame(found)
 
 
+def test_a_row_gives_its_setting_back(tmp_path):
+    settings = [one.setting for one in grid.toys(2)]
+    found = [grid.toy_of(row) for _, row in toy_rows(tmp_path).iterrows()]
+    assert found == settings and type(found[0].batch) is int
+
+
 def test_a_report_of_part_of_a_census(results, tmp_path):
     table = toy_rows(tmp_path)
     for _, row in table.head(40).iterrows():
@@ -462,6 +468,9 @@ def test_the_claims_read_the_rows(tmp_path):
     holds = {claim: CLAIMS[claim].holds(*found[claim]) for claim in found}
     fails = {"census.quadratic", "census.same_tokens"}
     assert {claim for claim, verdict in holds.items() if verdict is False} == fails
+    rows = toy_rows(tmp_path, n_seeds=2)
+    without = figures(rows.assign(formed=rows["formed"] & (rows["context"] > 33)))
+    assert without["census.predicts"][1] == 15  # settings in which no head formed do not count
     few = figures(toy_rows(tmp_path).head(1))
     assert math.isnan(few["census.quadratic"][0].mean)
 

@@ -65,6 +65,7 @@ def test_the_file_follows_the_schema(ledger, tmp_path):
     assert figures == [0.25, None, None, "does not hold"]
     text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
     figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
+    figure["n_of"] = None
     verdict = {"others": {}, "for_want_of": [], "verdict": "holds"}
     assert list(lm.items()) == list((text | figure | verdict).items())
 
@@ -86,6 +87,7 @@ def test_what_a_claim_lacks_is_told(ledger):
     assert (why(first), why(second)) == ("", "but needs “Heads form”")
     assert "but needs “Heads form”" in ledger.table()._repr_html_()
     assert "ours 0.500 but needs" in repr(ledger.table())
+    assert "2 do not (1 of them for want of another)." in repr(ledger.table())
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):
@@ -331,7 +333,7 @@ def test_markdown(tmp_path):
     published = {"statement": "a | b", "published": 3.56, "published_model": "gpt2-small"}
     data = run(
         entry("lm.a", 0.5, stderr=0.01, n=8, **published),
-        entry("toy.a", 0.25, holds=False, stderr=0.0, n=5, holds_in="0/5"),
+        entry("toy.a", 0.25, holds=False, stderr=0.0, n=5, n_of="seeds", holds_in="0/5"),
         previous_token=["L3H4"],
         duplicate_token=[],
     )

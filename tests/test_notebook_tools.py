@@ -1,6 +1,7 @@
 """The notebook commands, on small notebooks of their own: run, outputs, readme; and solutions."""
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -202,9 +203,9 @@ def test_flat_areas_of_a_stored_picture_keep_their_colours_and_edges_share_a_few
     assert [light.convert("RGB").getpixel((100 * i + 9, 9)) for i in range(4)] == palest
     assert light.convert("RGB").getpixel((399, 0)) == (255, 255, 255)
     assert len(light.getcolors()) <= len(palest) + 1 + pictures.EDGES
-    bar = Image.new("RGB", (200, 300), "white")  # of colours, one in a row
-    for y in range(300):
-        bar.paste((y * 255 // 300, 80, 200), (50, y, 78, y + 1))
+    bar = Image.new("RGB", (200, 300), "white")  # of colours, one in a row, as browsers draw it:
+    for x, y in itertools.product(range(50, 78), range(300)):  # give or take one
+        bar.putpixel((x, y), (y * 255 // 300 + (x * y) % 2, 80, 200))
     assert len(pictures.with_palette(bar).getcolors()) >= pictures.ROWS
     many = Image.merge("RGB", [Image.linear_gradient("L"), *Image.radial_gradient("L").split() * 2])
     many = pictures.with_palette(many.resize((768, 768), Image.Resampling.NEAREST))

@@ -176,6 +176,8 @@ def test_few_points_are_marked_a_window_shaded_and_an_axis_may_be_logarithmic():
     assert few.data[0].mode == "lines+markers"
     assert (few.layout.xaxis.type, few.layout.xaxis.ticktext) == ("log", ("1", "2", "8"))
     assert few.layout.annotations[0].x == pytest.approx(math.log10(2))
+    both = plotting.lines([1, 2, 8], {"loss": [3, 2, 1]}, log_y=True, **LINES)
+    assert (few.layout.yaxis.type, both.layout.yaxis.type) == (None, "log")
 
 
 def test_titles_break_at_the_width_of_a_page_and_take_the_room_of_their_lines():

@@ -128,3 +128,13 @@ def test_no_steps_are_refused(random_gpt2, no_forward):
     prompts = ioi_prompts(random_gpt2, 4)
     with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
         node_attribution(random_gpt2, prompts, Run({}), n_steps=0)
+
+
+def test_the_distance_is_a_share_of_what_the_model_does():
+    f_model = torch.tensor([3.0, 5.0])
+    alone = torch.tensor([[3.0, 5.0], [5.0, 5.0], [2.0, 8.0]])
+    torch.testing.assert_close(distance(alone, f_model), torch.tensor([0.0, 0.25, 0.5]))
+    torch.testing.assert_close(distance(-alone, -f_model), distance(alone, f_model))
+    assert distance(torch.tensor([0.03, 0.05]), torch.tensor([0.01, 0.01])) == pytest.approx(3)
+    with pytest.raises(ValueError, match="the mean logit difference is zero"):
+        distance(alone, torch.tensor([1.0, -1.0]))

@@ -138,7 +138,7 @@ def head_heatmap(
 def lines(x: Numbers, series: Series, *, y_label: str, **options) -> go.Figure:
     """Lines over one x axis, shaded by one standard error where it is known.
 
-    `options` (title, x_label, marker) and errors are those of `panels`.
+    `options` (title, x_label, marker, log_x, log_y) and errors are those of `panels`.
     """
     return panels(x, {y_label: series}, **options)
 
@@ -152,6 +152,7 @@ def panels(
     marker: Mark = None,
     window: tuple[float, float] | None = None,
     log_x: bool = False,
+    log_y: bool = False,
 ) -> go.Figure:
     """Line plots stacked over one x axis: dict of y label to series, each panel with its legend.
 
@@ -183,6 +184,8 @@ def panels(
     fig.update_xaxes(title=x_label, row=len(drawn))
     if log_x:
         fig.update_xaxes(type="log", tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
+    if log_y:
+        fig.update_yaxes(type="log", dtick=math.log10(2), tickformat=".3~r")  # at doublings
     if window is not None:
         fig.add_vrect(*window, fillcolor="#888", opacity=0.15, line_width=0, row="all", col=1)
     if marker is not None:

@@ -45,6 +45,7 @@ class Claim(NamedTuple):
     published_model: str | None = None
     needs: tuple[str, ...] = ()  # claims without which this one does not hold
     only_for: str | None = None  # the one model that the claim is about
+    n_of: str | None = None  # what n counts, where that is not prompts of the ledger's model
 
 
 class Ledger:
@@ -109,6 +110,7 @@ class Ledger:
             "measured": plain(value),
             "stderr": plain(stderr),
             "n": n,
+            "n_of": claim.n_of,
             "others": _named_figures(claim.holds, (measured, *others), named),
             "for_want_of": [
                 self.claims[other].statement

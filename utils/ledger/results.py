@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -60,14 +61,24 @@ def _figure(claim: dict) -> str:
     if stderr is not None:
         text += f" ± {decimals(stderr)}"
     if n is not None:
-        text += f" (n = {n}{' seeds' if 'holds_in' in claim else ''})"
+        counted = f" {claim['n_of']}" if claim.get("n_of") else ""
+        text += f" (n = {n}{counted})"
     return text
 
 
 def others(claim: dict) -> str:
     """The other figures that the rule looks at, by name."""
     known = {name: x for name, x in claim["others"].items() if x is not None}
-    return ", ".join(f"{name.replace('_', ' ')} {decimals(x)}" for name, x in known.items())
+    return ", ".join(f"{_words(name)} {decimals(x, _places(x))}" for name, x in known.items())
+
+
+def _words(name: str) -> str:
+    return re.sub("^n_", "number of ", name).replace("_", " ")
+
+
+def _places(value: float) -> int:
+    """How many decimals: three, but none for a count or a step."""
+    return 0 if abs(value) > 1 and value == int(value) else 3
 
 
 def why(claim: dict) -> str:
@@ -83,11 +94,14 @@ def decimals(value: float, places: int = 3) -> str:
 
 
 def counts(claims: Iterable[dict]) -> str:
-    """How many claims hold, do not, or are undecided, in one line."""
+    """How many claims hold, do not (and for want of another), or are undecided, in one line."""
+    claims = list(claims)
     verdicts = [claim["verdict"] for claim in claims]
     held, failed, open_ = (verdicts.count(v) for v in (HOLDS, FAILS, UNDECIDED))
     text = f"{held} of {len(verdicts)} claims hold"
     text += f", {failed} {'do' if failed > 1 else 'does'} not" if failed else ""
+    wanting = sum(c["verdict"] == FAILS and bool(c.get("for_want_of")) for c in claims)
+    text += f" ({wanting} of them for want of another)" if wanting else ""
     return text + (f", {open_} {'are' if open_ > 1 else 'is'} undecided" if open_ else "")
 
 
@@ -132,6 +146,7 @@ def _over_seeds(runs: list[dict]) -> dict:
         "measured": plain(mean(values)) if values else None,
         "stderr": plain(stdev(values) / math.sqrt(n)) if n > 1 else None,
         "n": n,
+        "n_of": "seeds",
         "others": {k: None if None in x else plain(mean(x)) for k, x in by_name.items()},
         "verdict": verdicts.pop() if len(verdicts) == 1 else UNDECIDED,
         "holds_in": f"{held}/{len(runs)}",
