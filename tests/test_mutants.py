@@ -35,7 +35,9 @@ def test_what_makes_no_figure_is_left_alone():
 def test_a_mutant_meets_the_tests_of_its_module_first(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert mutants.tests_of("utils.heads")[0] == "tests/test_heads.py"
-    assert mutants.tests_of("utils.heads", "RemoveDecorator")[0] == "tests/test_bad_inputs.py"
+    of_selection = ["tests/test_selection.py", "tests/test_bad_inputs.py"]
+    assert mutants.tests_of("utils.selection") == of_selection
+    assert mutants.tests_of("utils.selection", "RemoveDecorator") == of_selection[::-1]
     of_engine = mutants.tests_of("utils.engine.packs")
     assert of_engine[0] == "tests/test_replay.py" and "tests/test_paths.py" in of_engine
     assert not any("notebooks" in path for path in of_engine)
