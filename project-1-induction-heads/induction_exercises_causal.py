@@ -323,7 +323,8 @@ patch_every_head = EXERCISES.add(
             partial(_sweep, with_it=lambda head, n: [h for h in range(n) if h != head]),
         "You patch the layer before; counted from 0, layer 1 is `blocks.1`.":
             lambda *args: _sweep(*args[:-1], [max(layer - 1, 0) for layer in args[-1]]),
-        "Nothing is patched: hand your hook to `run_with_hooks`.":
+        "Nothing is patched: hand your hook to `run_with_hooks`, return in it what it changed, and "
+        "take the values from a run of the clean prompts.":
             lambda model, clean, bad, *rest: _sweep(model, bad, bad, *rest),
         "You patch the first layers of the model; patch those in `layers`.":
             lambda *args: _sweep(*args[:-1], range(2)),

@@ -66,7 +66,7 @@ def test_the_file_follows_the_schema(ledger, tmp_path):
     text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
     figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
     figure["n_of"] = None
-    verdict = {"others": {}, "for_want_of": [], "verdict": "holds"}
+    verdict = {"others": {}, "for_want_of": [], "holds_when": "", "verdict": "holds"}
     assert list(lm.items()) == list((text | figure | verdict).items())
 
 
@@ -87,7 +87,7 @@ def test_what_a_claim_lacks_is_told(ledger):
     assert (why(first), why(second)) == ("", "but needs “Heads form”")
     assert "but needs “Heads form”" in ledger.table()._repr_html_()
     assert "ours 0.500 but needs" in repr(ledger.table())
-    assert "2 do not (1 of them for want of another)." in repr(ledger.table())
+    assert "2 do not (1 of them for want of a claim that they need)." in repr(ledger.table())
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):
@@ -363,6 +363,8 @@ def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
         "<details><summary>Claims that do not hold</summary>\n\n"
         "- It is large. Ours: 0.100, with bound 0.200.\n\n</details>\n"
     )
+    claims[1] |= {"others": {}, "holds_when": "it lies between -0.2 and 0.2"}
+    assert "Ours: 0.100; holds when it lies between −0.2 and 0.2.\n" in summary(run(*claims), [])
     theirs = summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
     assert "Ours: 0.000; ours on `gpt2-small`: −0.500; published" in theirs
     with pytest.raises(ValueError, match="claim_ids: got"):

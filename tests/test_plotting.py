@@ -176,6 +176,9 @@ def test_few_points_are_marked_a_window_shaded_and_an_axis_may_be_logarithmic():
     assert few.data[0].mode == "lines+markers"
     assert (few.layout.xaxis.type, few.layout.xaxis.ticktext) == ("log", ("1", "2", "8"))
     assert few.layout.annotations[0].x == pytest.approx(math.log10(2))
+    assert few.layout.xaxis.range == pytest.approx((-0.05 * math.log10(8), 1.05 * math.log10(8)))
+    with pytest.raises(ValueError, match="a logarithmic axis wants numbers above 0, got 0"):
+        plotting.lines([0, 2, 8], {"loss": [3, 2, 1]}, log_x=True, **LINES)
     both = plotting.lines([1, 2, 8], {"loss": [3, 2, 1]}, log_y=True, **LINES)
     assert (few.layout.yaxis.type, both.layout.yaxis.type) == (None, "log")
 

@@ -3,7 +3,8 @@
 A project's README shows its tables between `<!-- results:start -->` and `<!-- results:end -->`;
 the top one shows, between `<!-- summary:start <project> <claim> ... -->` and
 `<!-- summary:end -->`, how many claims hold, those that do not, and a table of the named ones.
-A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`.
+A cell tagged `readme-figure:<name>` also leaves its picture in `<project>/figures/<name>.png`, and
+for dark pages in `<name>_dark.png`.
 """
 
 import base64
@@ -21,7 +22,7 @@ from PIL import Image
 
 from tools import notebook_run
 from tools.notebook_exercises import mark_checks
-from tools.pictures import lighten_numbers, png, with_palette
+from tools.pictures import darkened, lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
 from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
 
@@ -172,6 +173,7 @@ def write_figures(notebook: NotebookNode, project: Path) -> None:
                 if PLOTLY in shown[0]:
                     picture = for_readme(shown[0][PLOTLY])
                 write_file(project / "figures" / f"{name}.png", picture)
+                write_file(project / "figures" / f"{name}_dark.png", darkened(picture))
 
 
 def for_readme(figure: dict) -> bytes:

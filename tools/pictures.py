@@ -11,7 +11,8 @@ from PIL import Image
 # Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, up to so
 # many, and a colour bar, whose rows are nearly of one colour, has enough to be read. Edges of
 # letters and lines, where most of the bytes go, share a few.
-FLAT, ROWS, EDGES = 196, 24, 6
+FLAT, ROWS, EDGES = 196, 24, 11
+DARK_PAGE = (13, 17, 23)
 # This method and k-means keep rare colours; the default does not.
 PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
@@ -56,6 +57,21 @@ def _palette(pixels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         return np.stack([found >> 16, found >> 8, found], -1).astype(np.uint8), index
     reduced = Image.fromarray(pixels[None]).quantize(colors=most, **PALETTE)
     return np.array(reduced.getpalette(), np.uint8).reshape(-1, 3), np.asarray(reduced)[0]
+
+
+def darkened(content: bytes) -> bytes:
+    """A stored picture for a dark page: each colour keeps its hue and has the opposite lightness.
+
+    As page/figures.js does it to the figures of pages, but that white becomes GitHub's dark grey.
+    """
+    with Image.open(BytesIO(content)) as picture:
+        rgb = np.asarray(picture.convert("RGB"))
+    palette, index = _palette(rgb.reshape(-1, 3), 256)
+    colours, page = palette.astype(int), np.array(DARK_PAGE)
+    opposite = colours + 255 - colours.max(1, keepdims=True) - colours.min(1, keepdims=True)
+    dark = Image.fromarray(index.reshape(rgb.shape[:2]).astype(np.uint8))
+    dark.putpalette((page + opposite * (255 - page) / 255).round().astype(np.uint8).tobytes())
+    return png(dark)
 
 
 def lighten_numbers(figure: dict) -> None:

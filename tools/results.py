@@ -92,7 +92,7 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
 def with_others(claim: dict) -> str:
     """Our figure and, where the claim does not hold, what else its rule looks at."""
     more = "" if claim["verdict"] == HOLDS else why(claim)
-    return cells(claim)[2] + (f", {more}" if more else "")
+    return cells(claim)[2] + (f"{';' if more.startswith('holds') else ','} {more}" if more else "")
 
 
 def markdown_table(ledger: dict | Path) -> str:

@@ -157,7 +157,7 @@ def role_in_words(role: str) -> str:
 def category(name: object, n: int) -> str:
     """A bar's name: no underscores, and wrapped where the bars have room for it."""
     text = role_in_words(str(name))
-    return wrapped(text, 14) if n <= 12 else escaped(text)
+    return wrapped(text, 14) if n <= 7 else escaped(text)
 
 
 SIDES = {  # where a label may stand: steps to its middle, in widths and heights of the label

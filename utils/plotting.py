@@ -130,8 +130,10 @@ def head_heatmap(
     """
     labels = dict(x_label=head_label, y_label="layer", value_label=value_label)
     maps = _maps(values)
-    large = [_largest(a, 3 if len(maps) == 1 else 1) for a in maps.values() if a.size > 40]
-    note = f"largest: {', '.join(large)}" if large else ""
+    n = 3 if len(maps) == 1 else 1
+    large = {name: _largest(a, n, head_label) for name, a in maps.items() if a.size > 40}
+    named = [f"{name} {cells}".strip() for name, cells in large.items()]
+    note = f"largest: {', '.join(named)}" if named else ""
     return heatmap(maps, note=note, **labels, **options)
 
 
@@ -183,7 +185,12 @@ def panels(
     notes = ["shaded: ± one standard error"] if any(trace.fill for trace in fig.data) else []
     fig.update_xaxes(title=x_label, row=len(drawn))
     if log_x:
-        fig.update_xaxes(type="log", tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
+        if x.min() <= 0:
+            raise ValueError(f"x: a logarithmic axis wants numbers above 0, got {x.min():g}")
+        low, high = math.log10(x.min()), math.log10(x.max())
+        edge = 0.05 * (high - low) or 1
+        fig.update_xaxes(type="log", range=[low - edge, high + edge])
+        fig.update_xaxes(tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
     if log_y:
         fig.update_yaxes(type="log", dtick=math.log10(2), tickformat=".3~r")  # at doublings
     if window is not None:
@@ -370,11 +377,13 @@ def _maps(values: Map | Mapping[str, Map]) -> dict[str, np.ndarray]:
     return {name: _array(v, f"values {name}".strip(), 2) for name, v in maps.items()}
 
 
-def _largest(scores: np.ndarray, n: int) -> str:
-    """The heads of the n cells that are farthest from zero."""
+def _largest(scores: np.ndarray, n: int, head_label: str) -> str:
+    """The heads of the n cells farthest from zero; a short name is of query heads alone."""
     order = np.argsort(-abs(np.nan_to_num(scores)), axis=None)[:n]
     where = zip(*np.unravel_index(order, scores.shape), strict=True)
-    return ", ".join(f"L{layer}H{head}" for layer, head in where)
+    if head_label == "head":
+        return ", ".join(f"L{layer}H{head}" for layer, head in where)
+    return ", ".join(f"layer {layer} {head_label} {head}" for layer, head in where)
 
 
 def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:

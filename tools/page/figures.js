@@ -68,10 +68,11 @@ function isDark() {
 // plotly's own slider cannot be reached by key, and is too small for a finger.
 function addSlider(place, { active, currentvalue, steps }) {
   const before = place.parentElement.querySelector(".steps");
-  const box = document.createElement("label");
+  const box = document.createElement("div");
   const value = document.createElement("output");
   const range = document.createElement("input");
   Object.assign(range, { type: "range", min: 0, max: steps.length - 1 });
+  range.setAttribute("aria-label", currentvalue.prefix.replace(/\W+$/, ""));
   range.value = before ? before.querySelector("input").value : active;
   function show() {
     const { method, args, label } = steps[range.value];
@@ -162,7 +163,7 @@ function stackPanels({ data, layout }, width) {
     }
   }
   if (layout.coloraxis) {
-    const bar = { lenmode: "pixels", len: 220, y: 1, yanchor: "top" };
+    const bar = { lenmode: "pixels", len: 220, x: 1.02, y: 1, yanchor: "top" };
     layout.coloraxis.colorbar = { ...layout.coloraxis.colorbar, ...bar };
   }
 }

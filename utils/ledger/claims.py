@@ -117,6 +117,7 @@ class Ledger:
                 for other in claim.needs
                 if entries[other]["verdict"] != HOLDS
             ],
+            "holds_when": claim.rule.partition("Holds when ")[2].rstrip("."),
             "verdict": VERDICTS[every(needed, holds)],
         }
         if before and before["verdict"] != entries[claim_id]["verdict"]:

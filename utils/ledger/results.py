@@ -82,9 +82,12 @@ def _places(value: float) -> int:
 
 
 def why(claim: dict) -> str:
-    """What decides beside the figure reported: others, and claims it needs that do not hold."""
+    """What decides beside the figure reported: others, claims it needs that fail, or its bound."""
     found = [f"with {others(claim)}"] if others(claim) else []
-    return ", ".join([*found, *(f"but needs “{other}”" for other in claim.get("for_want_of", []))])
+    found += [f"but needs “{other}”" for other in claim.get("for_want_of", [])]
+    rule = re.sub(r"-(?=\d)", "−", claim.get("holds_when", ""))
+    bound = f"holds when {rule}" if rule else ""
+    return "; ".join(filter(None, [", ".join(found), "" if claim.get("for_want_of") else bound]))
 
 
 def decimals(value: float, places: int = 3) -> str:
@@ -101,7 +104,7 @@ def counts(claims: Iterable[dict]) -> str:
     text = f"{held} of {len(verdicts)} claims hold"
     text += f", {failed} {'do' if failed > 1 else 'does'} not" if failed else ""
     wanting = sum(c["verdict"] == FAILS and bool(c.get("for_want_of")) for c in claims)
-    text += f" ({wanting} of them for want of another)" if wanting else ""
+    text += f" ({wanting} of them for want of a claim that they need)" if wanting else ""
     return text + (f", {open_} {'are' if open_ > 1 else 'is'} undecided" if open_ else "")
 
 

@@ -37,7 +37,7 @@ def text_figure(
     shown = [("all heads", before, "")] + [("some off", after, "/")] * bool(off)
     for (name, run, shape), colour in zip(shown, COLOURS, strict=False):
         hatch = dict(shape=shape, fillmode="overlay", fgcolor="white", solidity=0.2)
-        look = dict(name=name, marker_color=colour, marker_pattern=hatch, showlegend=True)
+        look = dict(name=name, marker_color=colour, marker_pattern=hatch, showlegend=bool(off))
         figure.add_bar(x=at[1:], y=run.losses.numpy(), **look, row=1, col=1)
     z = after.attention[:, position].numpy()
     figure.add_heatmap(z=z, x=at, y=labels, **ATTENTION, row=2, col=1)
