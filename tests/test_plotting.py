@@ -254,7 +254,9 @@ def test_long_head_maps_name_their_largest_cells():
     text = fig.layout.title.subtitle.text.replace("<br>", " ")
     assert text == "score: red above 0, blue below, full at ±2; largest: L9H6, L7H1, L3H4"
     fig = plotting.head_heatmap({"q": effects, "k": effects.flip(0)}, title="t")
-    assert "largest: L9H6, L2H6" in fig.layout.title.subtitle.text
+    assert "largest: q L9H6, k L2H6" in fig.layout.title.subtitle.text
+    shared = plotting.head_heatmap(effects, title="t", head_label="key/value head")
+    assert "largest: layer 9 key/value head 6," in shared.layout.title.subtitle.text
 
 
 def test_labels_of_a_scatter_never_meet():

@@ -97,4 +97,4 @@ def png(picture: Image.Image) -> bytes:
     """The picture as a PNG file, a sixth smaller than it is usually packed."""
     file = BytesIO()
     picture.save(file, "PNG")
-    return oxipng.optimize_from_memory(file.getvalue(), level=4)
+    return oxipng.optimize_from_memory(file.getvalue(), level=4, grayscale_reduction=False)
