@@ -311,7 +311,8 @@ patch_every_head = EXERCISES.add(
         PILED_UP: [partial(_sweep, with_it=lambda head, n: range(head + 1)), _sweep_piled_up],
         "You set the head to zero or to a mean; it gets its output in the clean run.":
             [partial(_sweep, source=lambda run: 0.0),
-             partial(_sweep, source=lambda run: _averaged(run, 0))],
+             partial(_sweep, source=lambda run: _averaged(run, 0)),
+             partial(_sweep, source=lambda run: _averaged(run, 0, 1))],
         "You patch one position alone; patch the head at every position.":
             [partial(_sweep, at=at) for at in (-1, -2)],
         "You patch what the head reads; its output is at `hook_z`.":
@@ -328,6 +329,9 @@ patch_every_head = EXERCISES.add(
             lambda model, clean, bad, *rest: _sweep(model, bad, bad, *rest),
         "You patch the first layers of the model; patch those in `layers`.":
             lambda *args: _sweep(*args[:-1], range(2)),
+        "You return shares of the gap; return the metric itself.":
+            lambda model, clean, bad, metric, layers: _effect(
+                _sweep(model, clean, bad, metric, layers), metric(model(clean)), metric(model(bad))),
 })  # fmt: skip
 
 
@@ -367,9 +371,10 @@ patch_head_input = EXERCISES.add(
 def _inputs(
     model: Model, clean: Tokens, corrupted: Tokens, metric: Callable, group: Heads,
     sites="qkv", who=lambda model, group: group, source=lambda run: run, places=None,
+    which=lambda model, head: heads.key_value_head(model, head).head,
 ) -> Float[Tensor, "input prompt"]:  # fmt: skip
     run, group = source(record(model, clean, ["q", "k", "v"])), who(model, group)
-    shared = [heads.key_value_head(model, head) for head in group]
+    shared = [heads.Head(head[0], which(model, head)) for head in group]
     values, at = [], dict(q=group, k=shared, v=shared)
     for site in sites:
         patch = [edit for s in site for edit in heads_from(model, at[s], run, s, places)]
@@ -408,4 +413,8 @@ patch_inputs = EXERCISES.add(
             partial(_inputs, who=lambda m, group: [heads.Head(la - 1, h) for la, h in group]),
         "You patch every head of these layers; only the group's should change.":
             partial(_inputs, who=_all_of_layers),
+        "Neighbouring heads share keys and values here: patch those of `head // (n_heads // n)`, "
+        "as in exercise 19.": [
+            partial(_inputs, which=lambda m, head: head[1] % heads.n_site_heads(m, "k")),
+            partial(_inputs, which=lambda m, head: min(head[1], heads.n_site_heads(m, "k") - 1))],
 })  # fmt: skip
