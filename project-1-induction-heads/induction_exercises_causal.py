@@ -331,7 +331,8 @@ patch_every_head = EXERCISES.add(
             lambda *args: _sweep(*args[:-1], range(2)),
         "You return shares of the gap; return the metric itself.":
             lambda model, clean, bad, metric, layers: _effect(
-                _sweep(model, clean, bad, metric, layers), metric(model(clean)), metric(model(bad))),
+                _sweep(model, clean, bad, metric, layers),
+                *(metric(model(tokens)) for tokens in (clean, bad))),
 })  # fmt: skip
 
 

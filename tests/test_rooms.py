@@ -65,7 +65,7 @@ LINES = {
     "utils/models/download.py": 140,
     "utils/**/*.py": 8200,
     "project-1-induction-heads/*_exercises.py": 775,
-    "project-1-induction-heads/induction_exercises_causal.py": 420,
+    "project-1-induction-heads/induction_exercises_causal.py": 425,
     "project-1-induction-heads/induction_exercises_census.py": 70,
     "project-1-induction-heads/induction_claims.py": 265,
     "project-1-induction-heads/census_claims.py": 250,
