@@ -199,9 +199,10 @@ def panels(
         at, text = marker
         fig.add_vline(at, line=MARK, row="all", col=1)
         if len(drawn) == 1:
-            side = "left" if at < (x.min() + x.max()) / 2 else "right"
+            drawn_at = np.log10 if log_x else np.asarray  # as plotly places a note on a log axis
+            at, low, high = (float(drawn_at(value)) for value in (at, x.min(), x.max()))
+            side = "left" if at < (low + high) / 2 else "right"
             place = dict(y=1, yref="y domain", yanchor="bottom", xanchor=side)
-            at = math.log10(at) if log_x else at  # as plotly places a note on a log axis
             fig.add_annotation(x=at, text=escaped(text), showarrow=False, **place)
         else:  # a legend stands there
             notes = [f"dashed: {text}", *notes]
