@@ -132,9 +132,9 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: exponent of context size in the steps to the sharpest drop, at fixed "
         "batch size, over the plane. Their bound is for a modified transformer, a minimal task and "
         "an asymptotic length; our toys predict every token, with Adam, at four lengths within a "
-        "factor of three (those at which a head forms), and segments that grow with them: they can "
-        "show whether the square carries over, not whether it is right there. Holds when it lies "
-        "between 1.5 and 2.5.",
+        "factor of three, of which those count at which a head forms, and with segments that grow "
+        "alike: they can show whether the square carries over, not whether it is right there. "
+        "Holds when it lies between 1.5 and 2.5.",
         n_of="seeds",
         holds=lambda exponent: every(at_least(exponent, 1.5), below(exponent, 2.5)),
     ),

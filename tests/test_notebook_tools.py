@@ -212,6 +212,17 @@ def test_flat_areas_of_a_stored_picture_keep_their_colours_and_edges_share_a_few
     assert len(many.getcolors()) <= 256
 
 
+def test_a_dark_variant_keeps_hues_and_turns_lightness():
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste((200, 40, 60), (0, 0, 10, 10))
+    picture.paste("black", (20, 0, 30, 10))
+    with Image.open(BytesIO(pictures.darkened(pictures.png(picture)))) as drawn:
+        dark = drawn.convert("RGB")
+    assert dark.getpixel((39, 19)) == pictures.DARK_PAGE and dark.getpixel((25, 5)) == (255,) * 3
+    red, green, blue = dark.getpixel((5, 5))
+    assert red > 200 and red > blue > green
+
+
 def test_numbers_of_a_stored_figure_are_in_single_precision():
     figure = plotting.lines(
         range(6), {"a": [i / 3 for i in range(6)]}, title="T", x_label="x", y_label="y"
