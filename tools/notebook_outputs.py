@@ -138,11 +138,18 @@ def _fixed_names(html: str, cell_id: str) -> str:
 
 
 def _lighten(output: NotebookNode) -> None:
-    """Give a picture a palette, the size at which it is shown (half its pixels), and its words."""
-    with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
+    """Give a picture a palette, the size at which it is shown (half its pixels), and its words.
+
+    A picture has no slider: nobody could move it.
+    """
+    figure, content = output.data.get(PLOTLY), base64.b64decode(output.data["image/png"])
+    if figure and figure["layout"].get("sliders"):
+        still = {name: value for name, value in figure["layout"].items() if name != "sliders"}
+        content = go.Figure(figure["data"], still).to_image("png")
+    with Image.open(BytesIO(content)) as picture:
         width, height = picture.size
         output.data["image/png"] = base64.b64encode(png(with_palette(picture))).decode()
-    shown = {"width": width // 2, "height": height // 2, "alt": alt_text(output.data.get(PLOTLY))}
+    shown = {"width": width // 2, "height": height // 2, "alt": alt_text(figure)}
     output.metadata["image/png"] = shown
 
 
@@ -154,8 +161,9 @@ def alt_text(figure: dict | None) -> str:
     title = layout.get("title", {})
     axes = [layout.get(axis, {}).get("title", {}).get("text") for axis in ("yaxis", "xaxis")]
     names = [trace["name"] for trace in figure["data"] if trace.get("name")]
+    boxes = [shape["label"]["text"] for shape in layout.get("shapes", []) if shape.get("label")]
     parts = [title.get("text"), title.get("subtitle", {}).get("text")]
-    parts += [" against ".join(filter(None, axes)), ", ".join(names)]
+    parts += [" against ".join(filter(None, axes)), ", ".join(boxes), ", ".join(names)]
     text = ". ".join(part for part in parts if part)
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 

@@ -226,15 +226,17 @@ def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]
         path = [(place.x, y) for place in between for y in (place.low, place.high)]
         paths.append([(x0, first.high), *path, (x1, last.low)])
     taken = []
-    for i, ((_, _, effect, *via), path) in enumerate(zip(edges, paths, strict=True)):
+    for i, ((sender, receiver, effect, *via), path) in enumerate(zip(edges, paths, strict=True)):
         colour = RAISES if effect > 0 else LOWERS
         line = dict(width=1 + 5 * abs(effect) / largest, color=colour)
         sizes = [0] * (len(path) - 1) + [10 + 3 * line["width"]]  # a head at the end
         head = dict(symbol="arrow", angleref="previous", size=sizes, opacity=1, line_width=0)
         x, y = zip(*path, strict=True)
-        fig.add_scatter(x=x, y=y, mode="lines+markers", line=line, marker=head, hoverinfo="skip")
-        taken.append(_spot(path, [*paths[:i], *paths[i + 1 :]], taken))
         text = " ".join([*map(escaped, via), f"{effect:+.2f}"]).strip().replace("-", "−")
+        words = f"{role_in_words(sender)} to {role_in_words(receiver)}: {text}"
+        look = dict(line=line, marker=head, name=words, hoverinfo="skip")  # read out, not drawn
+        fig.add_scatter(x=x, y=y, mode="lines+markers", **look)
+        taken.append(_spot(path, [*paths[:i], *paths[i + 1 :]], taken))
         font = dict(size=11, color=colour)  # that of its arrow
         at = dict(x=taken[-1][0], y=taken[-1][1])
         fig.add_annotation(text=text, showarrow=False, bgcolor="white", font=font, **at)

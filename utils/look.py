@@ -105,7 +105,7 @@ def line_looks(names: list[str]) -> dict[str, tuple[str, str]]:
     layers = by_layer(names)
     if not layers:
         turns = [divmod(i, len(COLOURS)) for i in range(len(names))]
-        looks = [(COLOURS[i], DASHES[(i + turn) % 4]) for turn, i in turns]
+        looks = [(COLOURS[i], DASHES[(i + turn) % len(DASHES)]) for turn, i in turns]
         return dict(zip(names, looks, strict=True))
     others, looks = [n for n in names if n not in itertools.chain(*layers.values())], {}
     for i, name in enumerate(others):

@@ -332,7 +332,9 @@ def scatter(
     fig.update_traces(hovertemplate=hover, cliponaxis=False, marker=dots)
     if at := [i for i, text in enumerate(shown) if text]:  # a trace of their own, or each point
         sides, shown = ([texts[i] for i in at] for texts in (sides, shown))  # would have a text
-        look = dict(mode="text", textposition=sides, cliponaxis=False, hoverinfo="skip")
+        # unseen dots hold the texts as far off as the dots that are seen
+        look = dict(mode="markers+text", marker=dots | dict(opacity=0), textposition=sides)
+        look |= dict(cliponaxis=False, hoverinfo="skip")
         fig.add_scatter(x=x[at], y=y[at], text=shown, showlegend=False, **look)
     if diagonal:
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
