@@ -39,10 +39,9 @@ import os
 import sys
 from IPython.display import HTML, display
 from utils.ledger.claims import Claim, Ledger
-from utils.metrics import Estimate
 claims = {
     "toy.copying": Claim("It copies", "here", "rule", lambda figure: figure != 0.7),
-    "lm.ablation": Claim("It falls", "here", "rule", lambda effect: effect.mean > 0),
+    "lm.ablation": Claim("It falls", "here", "rule", lambda effect: effect[0] > 0),
 }
 ledger = Ledger("project-1-toy", claims, "tiny", "abc")
 seed = int(os.environ.get("TOY_SEED", 0))
@@ -56,7 +55,7 @@ ledger.record("toy.copying", 0.5 + seed / 10)
 """
 PART_B = f"""
 display({{"image/png": "{PNG}"}}, raw=True)
-ledger.record("lm.ablation", Estimate(0.25, 0.01, 8))
+ledger.record("lm.ablation", (0.25, 0.01, 8))
 """
 
 
