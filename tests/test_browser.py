@@ -94,6 +94,9 @@ def test_folds_open_and_contents_lead_to_their_part(opened, page_file):
     page.click("summary:text('Contents')")
     page.click("nav details a:text('A part')")
     assert page.evaluate("location.hash") == "#A-part"
+    page.wait_for_selector("nav details:not([open])")
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert page.get_by_text("Contents").bounding_box()["y"] < 50  # in reach from everywhere
 
 
 @pytest.mark.parametrize("name", CIRCUITS)

@@ -52,7 +52,7 @@ def run_env(model, results):
 def run_nbval(path, results, capfd):
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env"]
     env = run_env(MODEL, results)
-    command += ["-p", "no:cacheprovider", str(path)]
+    command += ["--nbval-cell-timeout=900", "-p", "no:cacheprovider", str(path)]
     with capfd.disabled():  # minutes: show that something happens
         print(f"\n{path.relative_to(ROOT)}, cell by cell:", file=sys.stderr)
         run = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=sys.stderr)

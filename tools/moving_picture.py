@@ -125,10 +125,10 @@ def draw(shots: Sequence[Snapshot], dark: bool = False) -> list[Image.Image]:
 
 
 def animate(frames: Sequence[Image.Image]) -> bytes:
-    """The frames as an animated WebP that pauses on the last one and begins again."""
+    """The frames as an animated WebP that pauses on the last one; it plays three times, then stays."""
     times = [FRAME] * (len(frames) - 1) + [LAST]
     file = BytesIO()
-    look = dict(lossless=True, quality=80, method=4, loop=0)
+    look = dict(lossless=True, quality=80, method=4, loop=3)
     frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=times, **look)
     return file.getvalue()
 

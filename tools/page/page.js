@@ -9,3 +9,9 @@ addEventListener("load", () => {
   }
   keepDrawn(figures);
 });
+
+// The contents of a narrow page lie over what they lead to.
+addEventListener("click", ({ target }) => {
+  const folded = target.closest("nav.contents a")?.closest("details");
+  if (folded) folded.open = false;
+});
