@@ -1,8 +1,11 @@
 """Mutants: the lines left alone, whose tests they meet, and how a changed module is put in."""
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from tools import mutants
 from utils.ledger.results import ROOT
@@ -52,3 +55,19 @@ def test_a_changed_module_takes_the_place_of_the_file(tmp_path, monkeypatch):
     assert import_module("answer").found == 41
     sys.modules.pop("answer")
     assert mutants.Mutant("utils/engine/packs.py", 1, "AddNot", 0).module == "utils.engine.packs"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_spawn"), reason="mutants run in forks")
+def test_only_a_test_that_fails_in_time_kills(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(mutants, "SECONDS", 1)
+    commands = {1: "exit 1", 2: "exit 0", 3: "exec sleep 60"}  # by the mutant's line
+
+    def start(mutant, files):
+        command = ["sh", "-c", commands[mutant.line]]
+        return os.posix_spawn("/bin/sh", command, os.environ, setpgroup=0)
+
+    monkeypatch.setattr(mutants, "start", start)
+    three = [mutants.Mutant("utils/heads.py", line, "AddNot", 0) for line in commands]
+    mutants.run(three, workers=2)
+    assert mutants.known() == dict(zip(three, (False, True, True), strict=True))

@@ -125,7 +125,7 @@ def draw(shots: Sequence[Snapshot], dark: bool = False) -> list[Image.Image]:
 
 
 def animate(frames: Sequence[Image.Image]) -> bytes:
-    """The frames as an animated WebP that pauses on the last one; it plays three times, then stays."""
+    """The frames as an animated WebP that plays three times, with a pause on the last one."""
     times = [FRAME] * (len(frames) - 1) + [LAST]
     file = BytesIO()
     look = dict(lossless=True, quality=80, method=4, loop=3)

@@ -178,7 +178,8 @@ def run(mutants: list[Mutant], workers: int) -> None:
                 os.killpg(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
             del running[pid]
-            row = mutant._asdict() | {"survived": status == 0, "seconds": round(seconds, 1)}
+            row = mutant._asdict() | {"survived": not ended or status == 0}
+            row["seconds"] = round(seconds, 1)
             with ROWS.open("a", encoding="utf-8") as rows:
                 rows.write(json.dumps(row) + "\n")
             print(len(waiting) + len(running), "left:", *mutant, row["survived"], flush=True)
