@@ -25,6 +25,7 @@ from tools.notebook_exercises import mark_checks
 from tools.pictures import darkened, lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
 from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
+from utils.look import PNG_WIDTH
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"
@@ -145,7 +146,8 @@ def _lighten(output: NotebookNode) -> None:
     figure, content = output.data.get(PLOTLY), base64.b64decode(output.data["image/png"])
     if figure and figure["layout"].get("sliders"):
         still = {name: value for name, value in figure["layout"].items() if name != "sliders"}
-        content = go.Figure(figure["data"], still).to_image("png")
+        size = dict(width=PNG_WIDTH, height=still["height"], scale=2)
+        content = go.Figure(figure["data"], still).to_image("png", **size)
     with Image.open(BytesIO(content)) as picture:
         width, height = picture.size
         output.data["image/png"] = base64.b64encode(png(with_palette(picture))).decode()
