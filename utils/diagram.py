@@ -209,11 +209,8 @@ def _key(boxes: Mapping[str, Box], edges: Sequence[tuple]) -> list[str]:
     families = [(f.colour, f"■ {f.words}") for f in used]
     lines = [part for part in (families[:3], families[3:], arrows) if part]
     marked = [[f'<span style="color:{colour}">{text}</span>' for colour, text in x] for x in lines]
-    said = (
-        ["q, k, v: through the receiver's queries, keys, values"]
-        if any(e[3:] for e in edges)
-        else []
-    )
+    via = "q, k, v: through the receiver's queries, keys, values"
+    said = [via] if any(e[3:] for e in edges) else []
     said += ["number and width: share of the logit difference lost"] if edges else []
     return ["   ".join(line) for line in marked] + said
 
