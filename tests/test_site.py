@@ -278,6 +278,14 @@ def test_on_a_phone_panels_stand_below_each_other_and_titles_fit(opened):
 
 
 @needs_chromium
+def test_a_jump_ends_at_its_place_though_figures_are_drawn_on_the_way(opened):
+    page = opened(IOI, 390)
+    page.evaluate("location.hash = '#the-circuit-drawn'")
+    page.wait_for_timeout(2000)
+    assert 0 < page.locator("#the-circuit-drawn").bounding_box()["y"] < 200
+
+
+@needs_chromium
 def test_figures_follow_the_scheme_of_the_page(opened):
     page = opened(IOI, 1280)
     figure = drawn(page, "Logit difference by frame")

@@ -162,7 +162,8 @@ def alt_text(figure: dict | None) -> str:
     layout = figure["layout"]
     title = layout.get("title", {})
     axes = [layout.get(axis, {}).get("title", {}).get("text") for axis in ("yaxis", "xaxis")]
-    names = [trace["name"] for trace in figure["data"] if trace.get("name")]
+    names = [trace.get("name") or "" for trace in figure["data"]]
+    names = [name for name in names if name and not name.isdigit()]  # a digit: plotly's own
     boxes = [shape["label"]["text"] for shape in layout.get("shapes", []) if shape.get("label")]
     parts = [title.get("text"), title.get("subtitle", {}).get("text")]
     parts += [" against ".join(filter(None, axes)), ", ".join(boxes), ", ".join(names)]
