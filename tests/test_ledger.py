@@ -359,13 +359,16 @@ def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
     text = summary(run(*claims), ["lm.a"])
     assert text == (
         "**1 of 2 claims hold, 1 does not** for `smollm2-135m`.\n\n"
-        "- ✓ It is small. Ours: 0.000; published: –.\n\n"
+        "- ✓ It is small. Ours: 0.000.\n\n"
         "<details><summary>Claims that do not hold</summary>\n\n"
         "- It is large. Ours: 0.100, with bound 0.200.\n\n</details>\n"
     )
     claims[1] |= {"others": {}, "holds_when": "it lies between -0.2 and 0.2"}
     assert "Ours: 0.100; holds when it lies between −0.2 and 0.2.\n" in summary(run(*claims), [])
+    named = summary(run(*claims), ["lm.b"])
+    assert "- ✗ It is large. Ours: 0.100; why it does not hold is said below.\n" in named
+    claims[0] |= {"published": 3.56, "published_model": None}
     theirs = summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
-    assert "Ours: 0.000; ours on `gpt2-small`: −0.500; published" in theirs
+    assert "Ours: 0.000; ours on `gpt2-small`: −0.500; published: 3.56.\n" in theirs
     with pytest.raises(ValueError, match="claim_ids: got"):
         summary(run(*claims), ["lm.c"])

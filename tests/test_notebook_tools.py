@@ -156,7 +156,7 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert "stale" not in text and text.endswith("end\n")
     summary = (
         "**1 of 2 claims hold, 1 is undecided** for `tiny`.\n\n",
-        "- ✓ It falls. Ours: 0.250 ± 0.010 (n = 8); published: –.\n",
+        "- ✓ It falls. Ours: 0.250 ± 0.010 (n = 8).\n",
         "<summary>Claims that are undecided</summary>\n\n- It copies. Ours: 0.600",
     )
     assert all(line in top.read_text() for line in summary)

@@ -78,7 +78,7 @@ LINES = {
     "census/lean/*.py": 10,
     "tools/*.py": 2620,
     "tools/benchmark*.py": 760,
-    "tests/*.py": 14520,
+    "tests/*.py": 14525,
     "tools/site.py": 190,
     "docs/conf.py": 90,
 }

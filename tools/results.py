@@ -76,9 +76,12 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
     lines = [f"**{counts(claims.values())}** for `{ledger['model']}`.", ""]
     theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
     for claim in (claims[i] for i in claim_ids):
-        figures = [f"Ours: {with_others(claim)}", f"published: {cells(claim)[1]}"]
+        _, published, ours = cells(claim)
+        figures = [f"Ours: {ours}"]
         if claim["id"] in theirs:
-            figures.insert(1, f"ours on `{PAPERS}`: {with_others(theirs[claim['id']])}")
+            figures.append(f"ours on `{PAPERS}`: {cells(theirs[claim['id']])[2]}")
+        figures += [f"published: {published}"] * (published != "–")
+        figures += ["why it does not hold is said below"] * (claim["verdict"] == FAILS)
         lines.append(f"- {SIGNS[claim['verdict']]} {claim['statement']}. {'; '.join(figures)}.")
     for verdict_, head in ((FAILS, "do not hold"), (UNDECIDED, "are undecided")):
         named = [c for c in claims.values() if c["verdict"] == verdict_]
