@@ -87,8 +87,7 @@ def main(options: list[str]) -> None:
     os.chdir(ROOT)
     os.environ.setdefault("PYTHONSTARTUP", str(ROOT / "tools/kernel_start.py"))
     open_contents(layout := MY / ".layout")
-    # the address that is printed, too, for whoever opens it in a browser elsewhere
-    command = ["-m", "jupyterlab", f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT)}"]
+    command = ["-m", "jupyterlab", str(first.relative_to(ROOT))]
     command += [f"--LabApp.app_settings_dir={SETTINGS}", f"--LabApp.workspaces_dir={layout}"]
     command += options
     if getattr(os, "geteuid", lambda: None)() == 0:  # as in a container, where Jupyter asks for it
