@@ -50,6 +50,11 @@ def test_every_head_stands_in_its_box_and_empty_roles_are_left_out():
     assert fig.layout.title.text == "t"
 
 
+def test_a_role_is_followed_by_the_place_where_it_works():
+    _, boxes, _, _ = drawn(places={"early": "S1+1", "of another circuit": "END"})
+    assert {"early at S1+1", "middle", "late", "logits"} < boxes.keys()
+
+
 @pytest.mark.parametrize("change", [{}, SHORT, CROWDED])
 def test_boxes_stand_by_level_inside_the_page_and_apart_with_room_for_their_text(change):
     fig, boxes, _, _ = drawn(**change)

@@ -245,13 +245,14 @@ def test_a_stored_picture_is_light_and_in_words():
     notebook = new_notebook(cells=[new_code_cell(outputs=[new_output("display_data", data)])])
     notebook_outputs.clean(notebook)
     (output,) = notebook.cells[0].outputs
-    shown = {"width": 200, "height": 200, "alt": "T. y against x. a, b"}
+    words = "T. y against x. a: from 1 at 1 to 2 at 2; b: from 0 at 1 to 1 at 2"
+    shown = {"width": 200, "height": 200, "alt": words}
     assert output.metadata["image/png"] == shown
     with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
         assert len(picture.getcolors()) <= 256
         assert picture.size == (400, 400)
     page = pages.to_html(notebook, "page")
-    assert 'alt="T. y against x. a, b"' in page
+    assert f'alt="{words}"' in page
 
 
 def test_a_figure_for_the_readme_is_narrower_than_in_the_notebook(tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def test_the_threshold_moves_the_circuit():
     named = set(list(contributions)[:3])
     figure = sliders.circuits_by_threshold(contributions, kept, named)
     widget = controls.by_steps(figure, "threshold")
-    for label, with_role, without in (("50.0%", 2, 0), ("16.7%", 3, 3)):
+    for label, with_role, without in (("50.0% (2 nodes)", 2, 0), ("16.7% (6 nodes)", 3, 3)):
         control(widget, "threshold").label = label
         role, none, _, now = figure_of(widget).data
         assert (len(role.x), len(none.x)) == (with_role, without)

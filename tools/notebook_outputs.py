@@ -9,7 +9,6 @@ for dark pages in `<name>_dark.png`.
 
 import base64
 import copy
-import html
 import re
 import tempfile
 from io import BytesIO
@@ -24,6 +23,7 @@ from tools import notebook_run
 from tools.notebook_exercises import mark_checks
 from tools.pictures import darkened, lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
+from tools.words import alt_text
 from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
 from utils.look import PNG_WIDTH
 
@@ -153,22 +153,6 @@ def _lighten(output: NotebookNode) -> None:
         output.data["image/png"] = base64.b64encode(png(with_palette(picture))).decode()
     shown = {"width": width // 2, "height": height // 2, "alt": alt_text(figure)}
     output.metadata["image/png"] = shown
-
-
-def alt_text(figure: dict | None) -> str:
-    """A figure in words: its title, the line under it, axes and what is drawn."""
-    if figure is None:
-        return "Picture"
-    layout = figure["layout"]
-    title = layout.get("title", {})
-    axes = [layout.get(axis, {}).get("title", {}).get("text") for axis in ("yaxis", "xaxis")]
-    names = [trace.get("name") or "" for trace in figure["data"]]
-    names = [name for name in names if name and not name.isdigit()]  # a digit: plotly's own
-    boxes = [shape["label"]["text"] for shape in layout.get("shapes", []) if shape.get("label")]
-    parts = [title.get("text"), title.get("subtitle", {}).get("text")]
-    parts += [" against ".join(filter(None, axes)), ", ".join(boxes), ", ".join(names)]
-    text = ". ".join(part for part in parts if part)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).strip()
 
 
 def write_figures(notebook: NotebookNode, project: Path) -> None:

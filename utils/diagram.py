@@ -65,7 +65,12 @@ class Box:
 
 @checked
 def circuit_diagram(
-    roles: Roles, edges: Sequence[tuple], *, levels: Mapping[str, int], title: str
+    roles: Roles,
+    edges: Sequence[tuple],
+    *,
+    levels: Mapping[str, int],
+    title: str,
+    places: Mapping[str, str] | None = None,
 ) -> go.Figure:
     """Roles as boxes with their heads inside, early at the bottom, arrows as wide as their effect.
 
@@ -73,13 +78,14 @@ def circuit_diagram(
     `edges`: (sender, receiver, effect) or (sender, receiver, effect, via) as "q", "k" or "v"; the
     receiver may be "logits", the box at the top. Red arrows have a positive effect, blue ones a
     negative one. `levels`: role to row, 0 the lowest; roles of a level stand side by side, or in
-    two rows if there are many. A box has the colour of its family, which a key under the title
-    names.
+    two rows if there are many. `places`: role to the position at which its heads work, which stands
+    behind its name. A box has the colour of its family, which a key under the title names.
     ValueError: no role with heads, a role without a level, an arrow from or to no role, or one that
     does not go up.
     """
     _check(roles, edges, levels)
-    boxes = _boxes({name: heads for name, heads in roles.items() if len(heads)}, levels)
+    members = {name: heads for name, heads in roles.items() if len(heads)}
+    boxes = _boxes(members, levels, places or {})
     edges = [edge for edge in edges if edge[0] in boxes and edge[1] in boxes]
     rows = [[box for box in boxes.values() if box.row == i] for i in range(boxes[LOGITS].row + 1)]
     height = _place(rows)
@@ -119,7 +125,7 @@ def _check(roles: Roles, edges: Sequence[tuple], levels: Mapping[str, int]) -> N
             raise ValueError(f"{arrow} must go to a higher level, got {got}")
 
 
-def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
+def _boxes(roles: Roles, levels: Mapping[str, int], places: Mapping[str, str]) -> dict[str, Box]:
     """Boxes from the lowest row to the logits, with text wrapped so that a row fits a phone."""
     boxes: dict[str, Box] = {}
     row = 0
@@ -130,6 +136,10 @@ def _boxes(roles: Roles, levels: Mapping[str, int]) -> dict[str, Box]:
             beside = -(-len(names) // n_rows)
             room = int(((PAGE - GAP) / beside - GAP) / LETTER) - 1  # letters in a line
             header = textwrap.wrap(role_in_words(name), room)
+            if name in places:  # behind the name, or below it: "at END" is not broken
+                place = f"at {places[name]}"
+                ended = f"{header[-1]} {place}"
+                header[-1:] = [ended] if len(ended) <= room else [header[-1], place]
             heads = textwrap.wrap("  ".join(map(str, roles[name])), min(room, 28))
             marked = [*(f"<b>{escaped(line)}</b>" for line in header), *map(escaped, heads)]
             width = max(70, LETTER * (max(map(len, header + heads)) + 1))

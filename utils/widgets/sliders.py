@@ -151,8 +151,7 @@ def circuits_by_threshold(
         bars = dict(array=errors, thickness=1)
         look = dict(mode="lines+markers", line=line, error_y=bars, name=group)
         figure.add_scatter(x=sizes, y=means, **look, row=1, col=2)
-    now = dict(mode="markers+text", textposition="top center", marker=NOW, showlegend=False)
-    figure.add_scatter(**now, row=1, col=2)
+    figure.add_scatter(mode="markers", marker=NOW, showlegend=False, row=1, col=2)
     last = len(figure.data) - 1
 
     def frame(n: int) -> dict[int, object]:
@@ -164,8 +163,7 @@ def circuits_by_threshold(
             x, y = [round(across[i], 2) for i in at], [nodes[i][0].layer for i in at]
             changes[trace] = go.Scatter(x=x, y=y, text=text)
         y = [round(kept[n][group].mean, 3) for group in groups]
-        text = [f"{n} nodes" if value == max(y) else "" for value in y]
-        return changes | {last: go.Scatter(x=[n] * len(y), y=y, text=text)}
+        return changes | {last: go.Scatter(x=[n] * len(y), y=y)}
 
     x = dict(tickvals=list(range(len(PLACES))), ticktext=PLACES, range=[-0.5, len(PLACES) - 0.5])
     figure.update_xaxes(title="place", row=1, col=1, **x)
@@ -178,5 +176,5 @@ def circuits_by_threshold(
     )
     note += "standard error"
     titled(figure, "Every node above a threshold", note, 34, height=500)
-    frames = [(f"{contributions[nodes[n - 1]]:.1%}", frame(n)) for n in sizes]
+    frames = [(f"{contributions[nodes[n - 1]]:.1%} ({n} nodes)", frame(n)) for n in sizes]
     return with_slider(figure, frames, "threshold", len(sizes) // 2)

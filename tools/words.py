@@ -1,0 +1,136 @@
+"""A stored figure in words, for those who cannot see it: what is drawn, and what is seen."""
+
+import base64
+import html
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+Figure = Mapping  # a figure's JSON, as a notebook stores it
+MOST_BARS = 12  # of more, only the longest are named
+
+
+def alt_text(figure: Figure | None) -> str:
+    """Title, the line under it, axes, and of each trace its ends, its bars or its largest cell."""
+    if figure is None:
+        return "Picture"
+    layout = figure["layout"]
+    title = layout.get("title", {})
+    axes = [_axis_title(layout, axis) for axis in ("yaxis", "xaxis")]
+    boxes = [shape["label"]["text"] for shape in layout.get("shapes", []) if shape.get("label")]
+    parts = [title.get("text"), title.get("subtitle", {}).get("text")]
+    parts += [" against ".join(filter(None, axes)), ", ".join(boxes), "; ".join(_seen(figure))]
+    text = ". ".join(part for part in parts if part).replace("?. ", "? ").replace("-<br>", "-")
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text))).strip()
+
+
+def _seen(figure: Figure) -> Iterator[str]:
+    """For each trace that says something: its name and what is seen of it."""
+    layout = figure["layout"]
+    headings = [note["text"] for note in layout.get("annotations", [])]
+    panels: list[tuple] = []  # in the order of their headings
+    measured = layout.get("xaxis", {}).get("visible") is not False  # else a drawing
+    for trace in figure["data"]:
+        panel = trace.get("xaxis"), trace.get("yaxis")
+        panels += [panel] * (panel not in panels)
+        name, mode = trace.get("name") or "", trace.get("mode", "")
+        if trace["type"] == "heatmap":
+            name = dict(enumerate(headings)).get(panels.index(panel), "")
+            said = _map(trace, layout)
+        elif trace["type"] == "bar":
+            said = _bars(trace, layout)
+        elif "lines" in mode and measured:
+            said = _curve(trace)
+            name = name if said else ""
+        else:
+            said = _labelled(trace) if "text" in mode else ""
+        if name or said:
+            yield ": ".join(filter(None, [name, said]))
+
+
+def _map(trace: Figure, layout: Figure) -> str:
+    """The largest cell and, if there are any below zero, the smallest.
+
+    Not what every first token does in attention: it can look only at itself, and all look at it.
+    """
+    z = _numbers(trace["z"])
+    first = int(z.shape[0] == z.shape[1] > 3 and z[0, 0] == np.nanmax(z))
+    z = np.where(np.arange(z.shape[0])[:, None] >= first, z, np.nan)
+    z[:, :first] = np.nan
+    if not np.isfinite(z).any():
+        return ""
+    ends = [("largest", np.nanargmax(z))]
+    ends += [("smallest", np.nanargmin(z))] if np.nanmin(z) < 0 else []
+    said = []
+    for word, flat in ends:
+        row, col = np.unravel_index(flat, z.shape)
+        place = f"{_tick(trace, layout, 'y', row)}, {_tick(trace, layout, 'x', col)}"
+        said.append(f"{word} {_short(z[row, col])} at {place}")
+    return ", ".join(said)
+
+
+def _bars(trace: Figure, layout: Figure) -> str:
+    across = trace.get("orientation") == "h"
+    lengths = _numbers(trace["x" if across else "y"])
+    shown = np.arange(len(lengths))
+    if len(shown) > MOST_BARS:
+        shown = np.sort(np.argsort(-abs(np.nan_to_num(lengths)), kind="stable")[:3])
+    letter = "y" if across else "x"
+    said = [f"{_tick(trace, layout, letter, i)}: {_short(lengths[i])}" for i in shown]
+    return ("longest " if len(shown) < len(lengths) else "") + ", ".join(said)
+
+
+def _tick(trace: Figure, layout: Figure, letter: str, index: int) -> str:
+    """What stands at a row, column or bar, with the name of its axis where that is a number."""
+    axis = layout.get(f"{letter}axis{(trace.get(f'{letter}axis') or letter)[1:]}", {})
+    values, at = trace.get(letter), index
+    if values is not None:
+        at = _numbers(values)[index] if isinstance(values, Mapping) else values[index]
+    ticks = dict(zip(axis.get("tickvals", []), axis.get("ticktext", []), strict=False))
+    tick = f"{at:g}" if isinstance(at, float) and at not in ticks else str(ticks.get(at, at))
+    name = _axis_title(layout, axis) or _axis_title(layout, f"{letter}axis") or ""
+    return f"{name} {tick}".strip() if tick.isdigit() else tick.strip()
+
+
+def _curve(trace: Figure) -> str:
+    """Where a line begins and ends, and its turning point if it goes beyond both."""
+    x, y = _numbers(trace["x"]), _numbers(trace["y"])
+    at = np.flatnonzero(np.isfinite(y))
+    if len(at) < 2 or not trace.get("name") or trace["name"] == "y = x":
+        return ""
+    first, last = at[0], at[-1]
+    said = (
+        f"from {_short(y[first])} at {_short(x[first])} to {_short(y[last])} at {_short(x[last])}"
+    )
+    beyond = 0.1 * np.ptp(y[at])
+    for word, i in (("highest", np.nanargmax(y)), ("lowest", np.nanargmin(y))):
+        if min(abs(y[i] - y[first]), abs(y[i] - y[last])) > max(beyond, 0.01):
+            said += f", {word} {_short(y[i])} at {_short(x[i])}"
+    return said
+
+
+def _labelled(trace: Figure) -> str:
+    """The points that carry a label, at (x, y)."""
+    points = zip(trace["text"], _numbers(trace["x"]), _numbers(trace["y"]), strict=True)
+    return ", ".join(f"{text} at ({_short(x)}, {_short(y)})" for text, x, y in points if text)
+
+
+def _axis_title(layout: Figure, axis: str | Figure) -> str | None:
+    axis = layout.get(axis, {}) if isinstance(axis, str) else axis
+    return axis.get("title", {}).get("text")
+
+
+def _numbers(values: object) -> np.ndarray:
+    """A trace's numbers, unpacked if plotly has packed them; what is missing is nan."""
+    if not isinstance(values, Mapping):
+        return np.array([np.nan if value is None else value for value in values], float)
+    found = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).astype(float)
+    shape = [int(n) for n in str(values.get("shape", len(found))).split(",")]
+    return found.reshape(shape)
+
+
+def _short(value: float) -> str:
+    text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-0", "0") if float(text) == 0 else text.replace("-", "−")
