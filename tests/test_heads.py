@@ -35,6 +35,13 @@ def pattern_attending(back, n_positions):
     return pattern
 
 
+def test_a_head_is_read_from_its_label_and_from_nothing_else():
+    assert Head.from_label("L12H3") == (12, 3)
+    for label in ("L5Hx", "LxH5", "5.1", "L5", "L5H1 END", "L-1H0", 5):
+        with pytest.raises(ValueError, match=r"label: got .*, want one such as 'L5H1'"):
+            Head.from_label(label)
+
+
 @pytest.mark.parametrize("n_copies", [2, 3])
 def test_ideal_heads_score_one_on_their_own_score_and_zero_on_the_others(n_copies):
     tokens = torch.tensor([[0] + list(range(1, 6)) * n_copies])

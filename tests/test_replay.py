@@ -15,7 +15,7 @@ from utils.edits import (
     record,
     sweep,
 )
-from utils.engine import direct, packs
+from utils.engine import direct, memory, packs
 from utils.engine.packs import in_packs, rows_that_fit
 from utils.engine.replay import Replay
 from utils.engine.shortcuts import given_attention
@@ -39,6 +39,18 @@ def one_logit(logits):
 
 def zero_each(model, layers=(0, 1)):
     return [heads_from(model, [(la, h)], 0.0) for la in layers for h in range(model.cfg.n_heads)]
+
+
+def test_what_does_not_fit_says_what_it_would_take_and_how_much_would(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
+    cpu = torch.device("cpu")
+    memory.check_fits("It", 8e8, 4, cpu)  # the 80 % that may be taken
+    said = r"It would take 2\.0 GB for 4 prompts, .* 0\.8 GB may be taken: .* \(about 1 fit\)"
+    with pytest.raises(MemoryError, match=said):
+        memory.check_fits("It", 2e9, 4, cpu)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
+    with pytest.raises(MemoryError, match=r"take 2\.0 MB .* 0\.8 MB may"):
+        memory.check_fits("It", 2e6, 4, cpu)
 
 
 # A model that cannot be replayed

@@ -192,6 +192,7 @@ function turned(value, key = "") {
     return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, turned(item, name)]));
   }
   if (typeof value !== "string") return value;
+  if (/scale/i.test(key)) return turnedColour(value, 0.65); // small values are not lost in the dark
   if (/color/i.test(key)) return turnedColour(value);
   if (key !== "text") return value;
   return value
@@ -199,13 +200,14 @@ function turned(value, key = "") {
     .replace(/color: ?(#\w+)/g, (_, colour) => `color:${turnedColour(colour)}`);
 }
 
-function turnedColour(colour) {
+function turnedColour(colour, power = 1) {
   if (!CSS.supports("color", colour)) return colour; // the name of an axis or of a scale
   pen.fillStyle = colour; // which then reads #rrggbb or rgba(r, g, b, a)
   const [red, green, blue, alpha = 1] = pen.fillStyle.startsWith("#")
     ? pen.fillStyle.match(/\w\w/g).map((part) => parseInt(part, 16))
     : pen.fillStyle.match(/[\d.]+/g).map(Number);
-  const shift = 255 - Math.max(red, green, blue) - Math.min(red, green, blue);
+  const lightness = (Math.max(red, green, blue) + Math.min(red, green, blue)) / 2;
+  const shift = 255 * (1 - lightness / 255) ** power - lightness;
   // black becomes white, and white the colour of the page
   const parts = [red, green, blue].map((part) => Math.round(20 + 0.92 * (part + shift)));
   return `rgba(${parts.join(", ")}, ${alpha})`;
