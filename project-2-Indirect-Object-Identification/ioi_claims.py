@@ -76,17 +76,17 @@ CLAIMS: dict[str, Claim] = {
         "A few heads write most of the answer directly, and a few write against it",
         f"{WANG}, section 3.1",
         published="3 heads for, 2 against",
-        rule="Measured: of all that heads write for the answer, the share of the five largest. "
-        "Holds when it is above half and some head writes against the answer by more than the "
-        "threshold.",
-        holds=lambda share, opponents: share > 0.5 and bool(opponents),
+        rule="Measured: of all that heads write for the answer, the share of five, the largest on "
+        "other prompts. Holds when it is above half and some head writes against the answer by "
+        "more than the threshold.",
+        holds=lambda share, opponents: every(above(share, 0.5), bool(opponents)),
         needs=TASK,
     ),
     "ioi.same_heads": Claim(
         "Another draw of the prompts chooses the same heads",
         "ours; what a choice by a bound is worth",
-        rule="Measured: of the heads chosen to act on the logits, the share that each of three "
-        "draws of prompts chooses by itself. Holds when it is above half.",
+        rule="Measured: of the heads that two of three draws of prompts choose together, the share "
+        "that the third chooses by itself, over the three ways. Holds when it is above half.",
         holds=lambda share: above(share, 0.5),
         needs=TASK,
     ),
@@ -141,10 +141,11 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 3.2",
         published="4 heads; attention to S2 0.51",
         rule="Measured: share of the logit difference lost along the path from the strongest head "
-        "to the name movers' queries. Holds when it passes the threshold, there are name movers, "
-        "and the head attends to S2 more than to IO.",
-        holds=lambda lost, to_s2, to_io, senders, movers: (
-            bool(senders) and bool(movers) and to_s2 > to_io
+        "to the name movers' queries, on prompts that it was not chosen on. Holds when there are "
+        "such heads and name movers, it is above 0.01, and the head attends to S2 more than to IO: "
+        "the difference is above zero.",
+        holds=lambda lost, s2_minus_io, senders, movers: every(
+            bool(senders), bool(movers), above(lost, 0.01), above(s2_minus_io, 0)
         ),
         needs=TASK,
     ),
@@ -155,8 +156,11 @@ CLAIMS: dict[str, Claim] = {
         published="falls at IO, rises at S",
         rule="Measured: mean attention of the name movers from END to IO minus that to S1 and S2, "
         "less the same with the S-inhibition heads' output at END from ABC prompts. Holds when it "
-        "is above 0.1 and there are S-inhibition heads and name movers.",
-        holds=lambda lost, senders, movers: every(bool(senders), bool(movers), above(lost, 0.1)),
+        "is above 0.1, the fall at IO and the rise at S1 and S2 are above zero, and there are "
+        "S-inhibition heads and name movers.",
+        holds=lambda lost, io_falls, s_rises, senders, movers: every(
+            bool(senders), bool(movers), above(lost, 0.1), above(io_falls, 0), above(s_rises, 0)
+        ),
         needs=PATH,
     ),
     "ioi.s_inhibition_signal": gpt2_claim(
@@ -174,9 +178,10 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 3.3",
         published="2 of each; 2 previous-token heads",
         rule="Measured: share of the logit difference lost through the S-inhibition heads' values, "
-        "summed over the heads beyond the threshold. Holds when an induction or duplicate-token "
-        "head is among them, and a previous-token head passes for the induction heads' keys.",
-        holds=lambda lost, at_s2, previous: bool(at_s2) and bool(previous),
+        "summed over the heads beyond the threshold, on prompts that they were not chosen on. "
+        "Holds when it is above 0.01, an induction or duplicate-token head is among them, and a "
+        "previous-token head passes for the induction heads' keys.",
+        holds=lambda lost, at_s2, previous: every(bool(at_s2), bool(previous), above(lost, 0.01)),
         needs=PATH,
     ),
     "ioi.early_position": gpt2_claim(
@@ -316,8 +321,8 @@ CLAIMS: dict[str, Claim] = {
         f"{WANG}, section 4.2",
         published="at least 0.01",
         rule="Measured: the smallest change that a head makes, as a share of the model's logit "
-        "difference, by the comparison chosen on other prompts. Holds when every head changes it "
-        "by 0.01 or more.",
+        "difference; which head and which comparison is chosen on other prompts. Holds when every "
+        "head changes it by 0.01 or more.",
         holds=lambda smallest: at_least(smallest, 0.01),
         needs=PATH,
     ),

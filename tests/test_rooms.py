@@ -73,7 +73,7 @@ LINES = {
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 710,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
     "project-2-Indirect-Object-Identification/ioi_slips.py": 165,
-    "project-2-Indirect-Object-Identification/*_claims.py": 350,
+    "project-2-Indirect-Object-Identification/*_claims.py": 355,
     "census/*.py": 1015,
     "census/lean/*.py": 10,
     "tools/*.py": 2740,
