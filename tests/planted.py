@@ -3,6 +3,8 @@
 Layer 1, head 1 (S-inhibition): END attends to S2, by position, and writes who stands there.
 Layer 2, head 2 (name mover): END attends to every name but that one, and writes the name's logit.
 Layer 2, head 0 (negative name mover): attends likewise and writes against it, more weakly.
+With `by_order`, layer 2, head 3: END attends to the first name, by position, and writes its logit,
+so it supports the answer in ABBA and opposes it in BABA.
 All other heads are small and random. Prompts are start, two names, a filler, S2, filler, END.
 """
 
@@ -13,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.heads import Head
 from utils.ioi import IOIPrompts
 
-S_INHIBITION, NAME_MOVER, NEGATIVE = Head(1, 1), Head(2, 2), Head(2, 0)
+S_INHIBITION, NAME_MOVER, NEGATIVE, FIRST_NAME = Head(1, 1), Head(2, 2), Head(2, 0), Head(2, 3)
 PLANTED = {
     "s_inhibition": [S_INHIBITION],
     "name_mover": [NAME_MOVER],
@@ -26,7 +28,7 @@ NAMES = torch.arange(1, 1 + N_NAMES)
 FILLERS = torch.arange(1 + N_NAMES, 1 + N_NAMES + N_FILLERS)
 
 
-def planted_model(noise: float = 0.04) -> TransformerBridge:
+def planted_model(noise: float = 0.04, by_order: bool = False) -> TransformerBridge:
     """The model in compatibility mode; `noise` is the spread of the other heads' weights."""
     config = TransformerBridgeConfig(
         n_layers=N_LAYERS,
@@ -42,7 +44,7 @@ def planted_model(noise: float = 0.04) -> TransformerBridge:
     )
     model = TransformerBridge.boot_native(config, device="cpu").eval()
     with torch.no_grad():
-        _set_weights(model, noise)
+        _set_weights(model, noise, by_order)
     model.enable_compatibility_mode()
     return model
 
@@ -77,7 +79,7 @@ def planted_prompts(n_prompts: int, seed: int = 0) -> IOIPrompts:
     )
 
 
-def _set_weights(model: TransformerBridge, noise: float) -> None:
+def _set_weights(model: TransformerBridge, noise: float, by_order: bool) -> None:
     # Directions of the residual stream, orthonormal and without a mean, so that LayerNorm's
     # centring leaves them alone: the first column of the basis is all ones, and is not used.
     generator = torch.Generator().manual_seed(0)
@@ -120,6 +122,10 @@ def _set_weights(model: TransformerBridge, noise: float) -> None:
             v=copy,
             o=strength * each.T @ answer,
         )
+    if by_order:
+        to_first = dict(q=1.3 * torch.outer(position[END], common))
+        to_first["k"] = 1.3 * torch.outer(position[1], common)
+        _set_head(model, FIRST_NAME, **to_first, v=copy, o=0.1 * each.T @ answer)
 
 
 def _set_head(model: TransformerBridge, head: Head, **weights: torch.Tensor) -> None:

@@ -288,6 +288,7 @@ def rows(kit):
             roles={"induction": [(1, 2)]},
             edges=[("induction", "logits", 0.5)],
             levels={"induction": 0},
+            places={"induction": "S2"},
             **title,
         ),
         "rules.above": dict(figure=0.5, bound=0.2),

@@ -281,6 +281,11 @@ def test_signs_turned_at_random_are_selected_no_more_often_than_three_errors_pro
     effects = torch.randn(60, 30, 30, generator=generator)
     effects *= torch.randint(0, 2, effects.shape, generator=generator) * 2 - 1
     assert len(c.select_heads(effects, 0.0, 1)) <= 5  # of 900, one in 740 expected
+    in_two_orders = [
+        h for s in (1, -1) for h in c.select_in_groups(effects, torch.arange(60) % 2 == 0, 0.0, s)
+    ]
+    # 30 prompts in each, two signs: Student's t passes 3 once in 360, so ten are expected of 3,600
+    assert len(in_two_orders) <= 19
 
 
 def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):

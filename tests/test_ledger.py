@@ -6,6 +6,7 @@ import re
 from unittest.mock import Mock
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from tools.results import compare, markdown_table, summary
@@ -183,12 +184,18 @@ def test_within_two_standard_errors_a_claim_is_undecided_and_so_is_what_needs_it
         (above(Estimate(1.0, 0.24, 9), Estimate(0.0, 0.4, 9)), True),
         (every(True, None, True), None),
         (every(True, None, False), False),
-        (every(True, 0), False),
+        (every(True, np.bool_(False)), False),
         (every(), True),
     ],
 )
 def test_comparisons_know_when_they_cannot_tell(verdict, is_):
     assert verdict is is_
+
+
+@pytest.mark.parametrize("verdict", ["no", math.nan, 1, [], Estimate(1.0, 0.1, 3)])
+def test_what_is_no_verdict_is_not_taken_for_one(verdict):
+    with pytest.raises(TypeError, match=r"verdicts must be True, False or None, got "):
+        every(True, verdict)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

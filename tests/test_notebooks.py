@@ -7,6 +7,7 @@ import resource
 import statistics
 import struct
 import subprocess
+import symtable
 import sys
 from copy import deepcopy
 from importlib import import_module
@@ -18,7 +19,9 @@ from tools.notebook_exercises import COMPARED, answer_wrong, find_exercises, sol
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
 from tools.results import compare
+from utils.circuit import node_label, nodes
 from utils.exercises.exercise import RIGHT, WRONG, Stretch
+from utils.heads import Head
 from utils.ledger.results import HOLDS, ROOT, read_json, write_file
 
 MODEL = "smollm2-135m"
@@ -177,6 +180,37 @@ def test_cells_are_short(notebook):
     setup, *others = [sum(map(bool, cell.source.replace(" ", "").split("\n"))) for cell in cells]
     assert setup <= 14  # folded on Colab
     assert max(others) <= 12 and statistics.median(others) <= 6
+
+
+def test_a_cell_can_be_run_again_after_any_later_one(notebook):
+    """What a cell reads of earlier ones, no later cell binds anew."""
+    names = [bound_and_read(cell.source) for cell in code(notebook)]
+    for i, (bound, read) in enumerate(names):
+        later = set().union(*(bound for bound, _ in names[i + 1 :]))
+        assert not (read - bound) & later
+
+
+def bound_and_read(source):
+    """Names that a cell binds, and those that it or its functions read from outside."""
+    table = symtable.symtable(source, "cell", "exec")
+    bound = {
+        symbol.get_name()
+        for symbol in table.get_symbols()
+        if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+    }
+    read, inner = {s.get_name() for s in table.get_symbols() if s.is_referenced()}, [table]
+    while inner:
+        inner = [child for parent in inner for child in parent.get_children()]
+        symbols = [s for child in inner for s in child.get_symbols()]
+        read |= {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
+    return bound, read
+
+
+def test_the_study_is_of_the_circuit_in_the_ledger():
+    for study in (ROOT / "project-2-Indirect-Object-Identification/results/study").glob("*.json"):
+        ledger = read_json(study.parents[1] / study.name)
+        roles = {role: list(map(Head.from_label, hs)) for role, hs in ledger["heads"].items()}
+        assert set(read_json(study)["roles"]) == set(map(node_label, nodes(roles)))
 
 
 def test_no_head_is_named_that_was_not_computed(notebook):

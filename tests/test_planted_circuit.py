@@ -5,7 +5,7 @@ from functools import partial
 import planted
 import pytest
 import torch
-from planted import NAME_MOVER, NEGATIVE, PLANTED, S_INHIBITION
+from planted import FIRST_NAME, NAME_MOVER, NEGATIVE, PLANTED, S_INHIBITION
 
 from utils import circuit as c
 from utils.attribution import head_attribution
@@ -74,6 +74,24 @@ def test_every_role_is_found_step_by_step(model, prompts, whole):
     )
     found["s_inhibition"] = c.select_heads(to_queries, threshold, sign=-1)
     assert found == PLANTED
+
+
+def test_a_head_that_changes_sides_with_the_order_is_found_in_each_and_not_over_both(prompts):
+    model = planted.planted_model(by_order=True)
+    whole = logit_diff(model(prompts.tokens), prompts.answers)
+    lost = -path_effects(model, prompts, whole) / whole.mean()
+    in_abba, in_baba = (lost[which].mean(0)[FIRST_NAME] for which in groups_of(prompts))
+    assert in_abba > 0.05 and in_baba < -0.05
+    over_both = [head for sign in (1, -1) for head in c.select_heads(lost, 0.05, sign)]
+    by_order = [
+        head for sign in (1, -1) for head in c.select_in_groups(lost, prompts.is_abba, 0.05, sign)
+    ]
+    assert set(over_both) == {NAME_MOVER, NEGATIVE}
+    assert set(by_order) == {NAME_MOVER, NEGATIVE, FIRST_NAME}
+
+
+def groups_of(prompts):
+    return prompts.is_abba, ~prompts.is_abba
 
 
 def test_direct_attribution_finds_who_writes_the_name(model, prompts, whole):

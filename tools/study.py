@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -30,7 +30,7 @@ PROJECT = ROOT / "project-2-Indirect-Object-Identification"
 SETS = {
     "chosen_on": {"n_prompts": 64, "seed": 4},
     "means": {"n_prompts": 128, "seed": 3},
-    "judged_on": {"n_prompts": 192, "seed": 0},
+    "judged_on": {"n_prompts": 384, "seed": 0},
     "paths_on": {"n_prompts": 32, "seed": 2},
 }
 N_CANDIDATES, N_NODES, N_WORST = 40, 30, 8
@@ -73,10 +73,14 @@ def judge(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     """How faithful the first nodes of each list are, and of the circuit by roles."""
     prompts, others = sets(model, "judged_on", "means")
     means = circuit.means_run(prompts, circuit.abc_means(model, others))
-    orders = {"roles": in_turn(found)}
+    by_roles = in_turn(found)
+    sizes = [*(size for size in SIZES if size < len(by_roles)), len(by_roles)]
+    curves = {"roles": curve(model, prompts, means, by_roles, sizes)}
     for name, labels in results["orders"].items():
-        orders[name] = list(map(circuit.node_from_label, labels))
-    return {"curves": {name: curve(model, prompts, means, each) for name, each in orders.items()}}
+        order = list(map(circuit.node_from_label, labels))
+        curves[name] = curve(model, prompts, means, order, SIZES)
+        say(name)
+    return {"curves": curves, "roles": list(map(circuit.node_label, by_roles))}
 
 
 def worst(model: TransformerBridge, found: Circuit, results: dict) -> dict:
@@ -92,7 +96,7 @@ def back(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     (prompts,) = sets(model, "paths_on")
     metric = LogitDiff(prompts.answers)
     before = circuit.logit_diffs(model, prompts, [[]])[0]
-    passing: dict[str, dict[str, Figures]] = {}
+    passing: dict[str, dict[str, dict[str, Figures]]] = {}
     for role, reads in READS.items():
         for site, place in reads if role in found else ():
             at = {"site": site, "positions": prompts.positions[place]}
@@ -112,21 +116,32 @@ def sets(model: TransformerBridge, *names: str) -> list[ioi.IOIPrompts]:
 
 def chosen(
     effects: Float[Tensor, "prompt layer head"], prompts: ioi.IOIPrompts
-) -> dict[str, Figures]:
-    """Mean share lost by the heads that pass the notebook's rule in either order of the names."""
+) -> dict[str, dict[str, Figures]]:
+    """Share lost by the heads that pass the notebook's rule in either order of the names."""
     heads = [
         head
         for sign in (1, -1)
         for head in circuit.select_in_groups(effects, prompts.is_abba, 0.01, sign)
     ]
-    return {str(head): figures(estimate(effects[:, head.layer, head.head])) for head in heads}
+    return {
+        str(head): {
+            name: figures(estimate(effects[which, head.layer, head.head]))
+            for name, which in orders(prompts).items()
+        }
+        for head in heads
+    }
+
+
+def orders(prompts: ioi.IOIPrompts) -> dict[str, Bool[Tensor, "prompt"]]:
+    """Which prompts are meant by the name of a figure."""
+    return {"all": prompts.is_abba | True, "ABBA": prompts.is_abba, "BABA": ~prompts.is_abba}
 
 
 def rank(model: TransformerBridge, prompts: ioi.IOIPrompts, means: Run) -> list[Node]:
     """Nodes by size of attribution, in the order of the names in which it is larger."""
     by_node = selection.named_nodes(selection.node_attribution(model, prompts, means), prompts)
-    orders = prompts.is_abba.cpu(), ~prompts.is_abba.cpu()
-    size = {n: max(v[which].mean().abs() for which in orders) for n, v in by_node.items()}
+    either = prompts.is_abba.cpu(), ~prompts.is_abba.cpu()
+    size = {n: max(v[which].mean().abs() for which in either) for n, v in by_node.items()}
     return sorted(size, key=lambda node: -size[node])
 
 
@@ -138,17 +153,19 @@ def in_turn(found: Circuit) -> list[Node]:
 
 
 def curve(
-    model: TransformerBridge, prompts: ioi.IOIPrompts, means: Run, order: Sequence[Node]
+    model: TransformerBridge,
+    prompts: ioi.IOIPrompts,
+    means: Run,
+    order: Sequence[Node],
+    sizes: Sequence[int],
 ) -> list[dict[str, int | Figures]]:
-    """How faithful the first nodes of a list are, for some numbers of them, up to all."""
+    """How faithful the first nodes of a list are, for these numbers of them."""
     f_model = circuit.logit_diffs(model, prompts, [[]])[0]
-    is_abba = prompts.is_abba
-    groups = {"all": is_abba | True, "ABBA": is_abba, "BABA": ~is_abba}
     rows = []
-    for size in (size for size in SIZES if size <= len(order)):
+    for size in sizes:
         f = circuit.run_circuit(model, prompts, means, set(order[:size]))
         row: dict[str, int | Figures] = {"nodes": size}
-        for name, which in groups.items():
+        for name, which in orders(prompts).items():
             row[name] = figures(circuit.faithfulness(f[which], f_model[which]).ratio)
         far = (f - f_model).abs() / f_model.mean().abs()
         rows.append(row | {"distance": figures(estimate(far))})

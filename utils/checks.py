@@ -30,12 +30,22 @@ def check_model(model: TransformerBridge, folded: bool = True) -> None:
     each LayerNorm and the biases of values into the matrices beside them (TransformerLens's
     `fold_ln`, `fold_value_biases`): what a part writes is then all in its own matrix.
     """
-    if model.training:
+    if any(part.training for part in model.modules()):
         raise ValueError("model is in training mode: call model.eval()")
-    if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.float64):
-        raise ValueError(f"model is in {dtype}, too coarse for single heads: call model.float()")
-    if folded and not model.compatibility_mode:
+    kinds = {weight.dtype for weight in model.parameters()}
+    if coarse := kinds - {torch.float32, torch.float64}:
+        kind = next(iter(coarse))
+        raise ValueError(f"model is in {kind}, too coarse for single heads: call model.float()")
+    if torch.is_autocast_enabled(torch.device(model.cfg.device).type):
+        raise ValueError("model runs under torch.autocast, too coarse for single heads: leave it")
+    if folded and not (model.compatibility_mode and all(map(_is_folded, model.blocks))):
         raise ValueError("model must be in compatibility mode: call enable_compatibility_mode()")
+
+
+def _is_folded(block: torch.nn.Module) -> bool:
+    """Whether the norm before attention only normalises (`fold_ln=False` leaves its weights)."""
+    norm = dict(block.ln1.named_parameters()) if hasattr(block, "ln1") else {}
+    return all((weight == weight.flatten()[0]).all() for weight in norm.values())
 
 
 @checked

@@ -33,7 +33,7 @@ Prompts = IOIPrompts | NamePrompts
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
 ROLE_POSITIONS = {"previous_token": "S1+1", "duplicate_token": "S2", "induction": "S2"}
 ROLE_POSITIONS |= dict.fromkeys(("s_inhibition", "name_mover", "negative_name_mover"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "giver_suppressor"), "END")
+ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "giver_suppressor", "s_reader"), "END")
 ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
 
 
@@ -57,8 +57,9 @@ def select_heads(
         raise ValueError(f"effects must be of 2 or more prompts, got {len(effects)}")
     if sign not in (1, -1):
         raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    if threshold < 0:
-        raise ValueError(f"threshold is a size and must not be negative, got {threshold}")
+    for name, size in {"threshold": threshold, "n_errors": n_errors}.items():
+        if size < 0:
+            raise ValueError(f"{name} is a size and must not be negative, got {size}")
     mean = sign * effects.mean(0)
     stderr = effects.std(0) / math.sqrt(len(effects))
     chosen = ((mean > threshold) & (mean > n_errors * stderr)).nonzero().tolist()
@@ -159,6 +160,10 @@ def check_prompts(prompts: Prompts, model: TransformerBridge | None = None) -> N
         check_range(f"prompts.positions[{place!r}]", at, n_positions)
         if at.shape != (n_prompts,):
             raise ValueError(f"prompts.positions[{place!r}] must be one for each prompt")
+    if isinstance(prompts, IOIPrompts):
+        check_range("prompts.template", prompts.template, d_vocab)
+        if prompts.template.shape != (n_prompts,):
+            raise ValueError("prompts.template must be one for each prompt")
 
 
 @checked
@@ -320,6 +325,8 @@ def gap_by_prompt(
     if not all(f.isfinite().all() for both in pairs.values() for f in both):
         raise ValueError("pairs must be finite, one has nan or infinite values")
     whole = pairs["none"][1].mean().abs()
+    if whole == 0:
+        raise ValueError("pairs: the model's mean F(M) is 0, nothing to take a share of")
     apart = [c - m for role, (c, m) in pairs.items() if role != "none"]
     if not apart:
         return torch.full_like(pairs["none"][1], torch.nan)

@@ -40,7 +40,7 @@ FAMILIES = {
     "for": Family(
         "#3f7d20",
         "writes for the answer",
-        ("name_mover", "backup_name_mover", "giver_suppressor", "amplifier"),
+        ("name_mover", "backup_name_mover", "giver_suppressor", "s_reader", "amplifier"),
     ),
     "against": Family(
         "#5a6472",

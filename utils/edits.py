@@ -32,7 +32,7 @@ from utils.checks import check_model, check_tokens, indices
 from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.memory import check_cache
 from utils.engine.packs import check_edits, sweep_in_packs
-from utils.engine.readout import check_metric, read_hook
+from utils.engine.readout import Readout, check_metric, read_hook
 from utils.heads import HEAD_SITES, check_heads, n_site_heads
 from utils.typed import BadArgument, checked, kind_of
 
@@ -247,7 +247,10 @@ def sweep(
     check_sweep(model, {"tokens": tokens}, metric if read is None else None)
     if not interventions:
         raise ValueError("interventions is empty, give at least one")
-    read = read if read is None else indices("read", read, tokens.shape[1])
+    if read is not None:
+        read = indices("read", read, tokens.shape[1])
+        if isinstance(metric, Readout):
+            metric.check(len(tokens), model.cfg.d_vocab, len(read))
     _check_edits(model, tokens, [edit for edits in (base, *interventions) for edit in edits])
     return sweep_in_packs(model, tokens, metric, interventions, base, read, desc)
 

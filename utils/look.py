@@ -151,7 +151,9 @@ def end_labels(ends: Mapping[str, float], span: float) -> list[tuple[float, str]
 
 def role_in_words(role: str) -> str:
     """A role as people write it: "previous_token" is previous token."""
-    return "S-inhibition" if role == "s_inhibition" else role.replace("_", " ")
+    return {"s_inhibition": "S-inhibition", "s_reader": "S reader"}.get(
+        role, role.replace("_", " ")
+    )
 
 
 def category(name: object, n: int) -> str:

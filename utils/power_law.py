@@ -27,7 +27,9 @@ class PowerLaw(NamedTuple):
 
     def at(self, factors: Mapping[str, float]) -> float:
         """What the law predicts there. ValueError unless the factors are its own, and positive."""
-        if set(factors) != set(self.exponents) or min(factors.values()) <= 0:
+        if set(factors) != set(self.exponents) or not all(
+            0 < x < math.inf for x in factors.values()
+        ):
             want = ", ".join(self.exponents)
             raise ValueError(f"factors: want a positive number for each of {want}, got {factors}")
         return self.scale * math.prod(x ** self.exponents[k].mean for k, x in factors.items())

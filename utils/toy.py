@@ -194,6 +194,9 @@ def share_formed(
         raise ValueError(f"width must be positive, got {width}")
     if len(values) == 0 or values[-1] == values[0]:
         raise ValueError("values end where they began: no change to share out")
+    if not steps[0] <= centre <= steps[-1]:
+        training = f"{steps[0]}..{steps[-1]}"
+        raise ValueError(f"centre must lie in the training, {training}, got {centre}")
     edges = [centre - width / 2, centre + width / 2]
     before, after = np.interp(edges, steps.numpy(), values.numpy())
     return float(after - before) / (values[-1] - values[0]).item()
@@ -209,8 +212,11 @@ def plateaus(
     where it has less than a quarter), over that of the window. A change at one rate all along gives
     1 and 1, a step inside 0 and 0. Raises as `share_formed`.
     """
+    _check_rising(steps)
     first, last = steps[0].item(), steps[-1].item()
     inside = share_formed(steps, values, centre, width) / width
+    if inside == 0:
+        raise ValueError("values do not change in the window: no rate to compare with")
     rates = []
     for opens in (centre - width, centre + width / 2):
         left, right = max(first, opens), min(last, opens + width / 2)

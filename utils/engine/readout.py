@@ -62,9 +62,9 @@ class LogitDiff(Readout):
         if len(same):
             token = int(answers[same[0], 0])
             raise ValueError(f"answers: right and wrong of prompt {int(same[0])} are both {token}")
-        self.answers, self.hooks = answers, hooks
+        self.answers, self.hooks = answers.long(), hooks
 
-    def check(self, n_prompts: int, d_vocab: int) -> None:
+    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
         _check_ids("answers", self.answers, n_prompts, d_vocab)
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt"]:
@@ -83,10 +83,15 @@ class TokenLoss(Readout):
     @checked
     def __init__(self, targets: Int[Tensor, "prompt read"]):
         _check_ids("targets", targets)
-        self.targets = targets
+        self.targets = targets.long()
 
-    def check(self, n_prompts: int, d_vocab: int) -> None:
+    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
         _check_ids("targets", self.targets, n_prompts, d_vocab)
+        if self.targets.shape[1] != n_read:
+            got = self.targets.shape[1]
+            raise ValueError(
+                f"targets are for {got} positions of a prompt, this run reads {n_read}"
+            )
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt read"]:
         targets = self.targets.to(logits.device)
@@ -144,6 +149,8 @@ def check_values(values: Tensor, shape: tuple[int, int], last_alone: bool) -> No
     got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if got not in (shape[:1], *([] if last_alone else [shape])):
         raise ValueError(f"metric must give {wanted} values, got shape {got}")
+    if not values.is_floating_point():
+        raise ValueError(f"metric must give floating-point values, got {values.dtype}")
     if values.isnan().any():
         raise ValueError(f"metric gives nan for {int(values.isnan().sum())} of {list(got)} values")
 
@@ -158,17 +165,18 @@ def check_metric(metric: Metric, n_prompts: int, d_vocab: int, device: torch.dev
         return metric.check(n_prompts, d_vocab)
     last = torch.zeros(n_prompts, 1, d_vocab, device=device)
     try:
-        values_of(metric, last)
-    except (IndexError, RuntimeError, AttributeError, TypeError) as error:
+        alone = values_of(metric, last)
+    except (LookupError, RuntimeError, AttributeError, TypeError) as error:
         if isinstance(error, ValueError):  # ours: it says what is wrong
             raise
         raise ValueError(f"metric fails on logits {list(last.shape)}: {error}") from error
-    try:
-        values = metric(torch.cat([torch.full_like(last, math.nan), last], dim=1))
-    except Exception:  # one that wants a single position cannot read another
-        return
-    if isinstance(values, Tensor) and values.is_floating_point() and values.isnan().any():
-        raise ValueError("metric reads other positions than the last: take logits[:, -1]")
+    for front in (torch.full_like(last, math.nan), 1e3 + torch.arange(d_vocab).to(last)):
+        try:
+            values = metric(torch.cat([front.expand_as(last), last], dim=1))
+        except Exception:  # one that wants a single position cannot read another
+            return
+        if not torch.allclose(values, alone, atol=1e-4):
+            raise ValueError("metric reads other positions than the last: take logits[:, -1]")
 
 
 def read_hook(read: Sequence[int]) -> tuple[str, Callable]:
@@ -181,6 +189,6 @@ def _check_ids(
 ) -> None:
     if n_prompts not in (None, len(ids)):
         raise ValueError(f"{name} are for {len(ids)} prompts, this run has {n_prompts}")
-    if ids.numel() == 0 or ids.min() < 0 or ids.max() >= d_vocab:
+    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
         got = f"{ids.tolist()[:3]} ..."
         raise ValueError(f"{name} must be token ids, below {d_vocab}, got {got}")

@@ -83,7 +83,9 @@ class Ledger:
         for other in claim.needs:
             if other not in entries:
                 raise ValueError(f"{claim_id} needs {other}, which was not recorded before it")
-        if not (measured is None or isinstance(measured, Real | tuple)):
+        if isinstance(measured, bool) or not (
+            measured is None or isinstance(measured, Real | tuple)
+        ):
             raise TypeError(
                 f"{claim_id}: measured must be a number or an Estimate, got {measured!r}"
             )

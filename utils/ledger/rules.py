@@ -10,6 +10,8 @@ not. A number without an error is what it is.
 import math
 from functools import partial
 
+import numpy as np
+
 from utils.typed import checked
 
 Verdict = bool | None
@@ -40,7 +42,9 @@ def below(figure: Figure, bound: Figure) -> Verdict:
 
 
 def every(*verdicts: Verdict) -> Verdict:
-    """False if any is, else None if any is, else True."""
+    """False if any is, else None if any is, else True. TypeError for what is none of these."""
+    if bad := [v for v in verdicts if not (v is None or isinstance(v, bool | np.bool_))]:
+        raise TypeError(f"verdicts must be True, False or None, got {bad[0]!r}")
     if any(verdict is not None and not verdict for verdict in verdicts):
         return False
     return None if any(verdict is None for verdict in verdicts) else True

@@ -107,6 +107,10 @@ def from_pretrained(folder: Path, **options: str) -> Weights:
     )
     if found["missing_keys"]:  # they would be random numbers
         raise ValueError(f"its weights lack {sorted(found['missing_keys'])[:3]} ...")
+    n_layers, layer = model.config.num_hidden_layers, re.compile(r"\.(\d+)\.")
+    for name in sorted(found["unexpected_keys"]):
+        if (at := layer.search(name)) and int(at[1]) >= n_layers:  # the rest may be of other tasks
+            raise ValueError(f"its configuration has {n_layers} layers, its weights have {name}")
     return Weights(model.eval(), tokenizer)
 
 

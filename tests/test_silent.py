@@ -1,0 +1,135 @@
+"""What would go on in silence with other figures: states of a model, and shapes that fit."""
+
+import json
+import math
+
+import planted
+import pytest
+import torch
+
+from utils import circuit as c
+from utils.edits import sweep
+from utils.engine.readout import check_metric
+from utils.ledger.claims import Claim, Ledger
+from utils.metrics import LogitDiff, TokenLoss
+from utils.models import load_model
+from utils.power_law import PowerLaw
+from utils.toy import build_toy, plateaus, share_formed
+from utils.weights import ov_weights
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+PROMPTS = planted.planted_prompts(6)
+
+
+@pytest.fixture
+def model():
+    return planted.planted_model()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.blocks[0].train(), "in training mode: call model.eval"),
+        (lambda model: model.blocks[1].half(), "in torch.float16, too coarse"),
+        (lambda model: model.blocks[0].attn.bfloat16(), "in torch.bfloat16, too coarse"),
+    ],
+)
+def test_a_part_of_the_model_in_a_wrong_state_is_refused(model, spoil, message):
+    spoil(model)
+    with pytest.raises(ValueError, match=message):
+        ov_weights(model, [(1, 0)])
+    with pytest.raises(ValueError, match=message):
+        sweep(model, PROMPTS.tokens, LogitDiff(PROMPTS.answers), [[]])
+
+
+def test_autocast_is_refused(model):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"under torch\."):
+        sweep(model, PROMPTS.tokens, LogitDiff(PROMPTS.answers), [[]])
+
+
+@pytest.mark.parametrize("options", [{"fold_ln": False}, {"no_processing": True}])
+def test_compatibility_without_folding_is_refused(options):
+    model = build_toy(2).eval()
+    model.blocks[0].ln1.original_component.weight[0] = 1.5
+    model.enable_compatibility_mode(**options)
+    with pytest.raises(ValueError, match="must be in compatibility mode"):
+        ov_weights(model, [(0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "read", "message"),
+    [
+        (LogitDiff(PROMPTS.answers[:1]), [3], "answers are for 1 prompts, this run has 6"),
+        (TokenLoss(PROMPTS.tokens[:1, :2]), [3, 4], "targets are for 1 prompts, this run has 6"),
+        (TokenLoss(PROMPTS.tokens[:, :1]), [3, 4], "for 1 positions of a prompt, this run reads 2"),
+        (TokenLoss(PROMPTS.tokens[:, :2] + 99), [3, 4], "targets must be token ids, below 13"),
+        (TokenLoss(PROMPTS.tokens[:, :2]), None, "for 2 positions of a prompt, this run reads 1"),
+    ],
+)
+def test_targets_are_not_broadcast(model, metric, read, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(model, PROMPTS.tokens, metric, [[]], read=read)
+
+
+def test_answers_may_be_of_any_whole_number_type(model):
+    wide, narrow = (
+        sweep(model, PROMPTS.tokens, LogitDiff(PROMPTS.answers.to(dtype)), [[]])
+        for dtype in (torch.int64, torch.int32)
+    )
+    assert torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda logits: logits[..., 3].nanmean(1), "reads other positions than the last"),
+        (lambda logits: logits.sum((1, 2)), "reads other positions than the last"),
+        (lambda logits: logits[:, -1].argmax(-1), "must give floating-point values, got torch.int"),
+        (lambda logits: logits[:, -1, 0] > 0, "must give floating-point values, got torch.bool"),
+        (lambda logits: {}["a"], "metric fails on logits .*'a'"),
+    ],
+)
+def test_a_metric_is_of_the_last_position_and_floating_point(metric, message):
+    with pytest.raises(ValueError, match=message):
+        check_metric(metric, 6, 13, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("template", [PROMPTS.template[:1], PROMPTS.template - 1])
+def test_templates_are_one_for_each_prompt_and_not_negative(template):
+    with pytest.raises(ValueError, match=r"prompts\.template must "):
+        c.means_run(PROMPTS._replace(template=template), torch.zeros(1, 3, 7, 4, 16))
+
+
+def test_shares_of_nothing_and_negative_sizes_are_refused():
+    with pytest.raises(ValueError, match="n_errors is a size"):
+        c.select_heads(torch.rand(4, 2, 2), 0.1, 1, n_errors=-3.0)
+    with pytest.raises(ValueError, match=r"mean F\(M\) is 0"):
+        c.gap_by_prompt({"none": (torch.ones(2), torch.tensor([1.0, -1.0]))})
+    steps, values = torch.arange(0, 101, 10), (torch.arange(11) > 8).float()
+    with pytest.raises(ValueError, match=r"centre must lie in the training, 0\.\.100"):
+        share_formed(steps, values, 1e6, 10)
+    with pytest.raises(ValueError, match="do not change in the window"):
+        plateaus(steps, values, 30, 20)
+    with pytest.raises(ValueError, match="want a positive number for each of a"):
+        PowerLaw(1.0, {"a": None}, {}).at({"a": math.nan})
+
+
+def test_a_yes_is_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECH_INTERP_RESULTS", str(tmp_path))
+    claim = Claim("s", "s", "Measured: m. Holds when it is.", holds=lambda figure: figure > 0.5)
+    with pytest.raises(TypeError, match="measured must be a number or an Estimate, got True"):
+        Ledger("project", {"a": claim}, "m", "w").record("a", True)
+
+
+def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(
+    random_gpt2_folder, tmp_path
+):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for file in random_gpt2_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["n_layer"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"configuration has 2 layers, its weights have .*h\.2\."):
+        load_model(str(folder))
