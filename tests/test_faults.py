@@ -155,7 +155,7 @@ def test_a_hub_that_fails_a_named_model(connect, random_gpt2_folder, spoil, says
 def test_patience_is_under_half_a_minute():
     start = 1.5  # of the other process
     assert hub.SECONDS + hub.PATIENCE + start <= 30
-    assert load.DEFAULT_PATIENCE + start < 10
+    assert hub.SECONDS + load.DEFAULT_PATIENCE + start <= 10
 
 
 @pytest.mark.parametrize("name", ["silent after the first answer", "too many requests"])

@@ -6,6 +6,7 @@ import math
 import planted
 import pytest
 import torch
+from test_circuit import random_prompts
 
 from utils import circuit as c
 from utils.edits import sweep
@@ -13,6 +14,7 @@ from utils.engine.readout import check_metric
 from utils.ledger.claims import Claim, Ledger
 from utils.metrics import LogitDiff, TokenLoss
 from utils.models import load_model
+from utils.patching import patch_heads
 from utils.power_law import PowerLaw
 from utils.toy import build_toy, plateaus, share_formed
 from utils.weights import ov_weights
@@ -112,6 +114,21 @@ def test_shares_of_nothing_and_negative_sizes_are_refused():
         plateaus(steps, values, 30, 20)
     with pytest.raises(ValueError, match="want a positive number for each of a"):
         PowerLaw(1.0, {"a": None}, {}).at({"a": math.nan})
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_figures_do_not_depend_on_the_number_of_threads(random_gpt2, n_threads):
+    """Within 1e-5 of the logit difference, far below any error that a verdict looks at."""
+    prompts = random_prompts(high=1000)
+    pair = prompts.corrupted["abc"], prompts.tokens
+    expected = patch_heads(random_gpt2, *pair, LogitDiff(prompts.answers))
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        found = patch_heads(random_gpt2, *pair, LogitDiff(prompts.answers))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_yes_is_no_figure(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from utils.models.offline import GGUF_IS, GGUF_SHA256, load_smollm2
 GPT2_NAMES = ("gpt2-small", "gpt2", GPT2_ID)
 SMOLLM2_NAME = "smollm2-135m"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
-DEFAULT_PATIENCE = 5  # seconds without progress allowed to a download that nobody asked for
+DEFAULT_PATIENCE = 4  # seconds without progress allowed to a download that nobody asked for
 
 
 class Origin(NamedTuple):
