@@ -675,5 +675,5 @@ def test_bad_inputs_end_in_one_clear_sentence_before_any_forward_pass(name, kit,
     assert {case: how for case, how in found.items() if how != "clear"} == {}
 
 
-def test_at_least_a_thousand_bad_inputs_are_tried(kit):
-    assert sum(1 for name in FUNCTIONS for _ in bad_inputs(name, kit)) >= 1000
+def test_as_many_bad_inputs_are_tried_as_the_documentation_says(kit):
+    assert sum(1 for name in FUNCTIONS for _ in bad_inputs(name, kit)) >= 2700
