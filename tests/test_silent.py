@@ -108,7 +108,7 @@ def test_shares_of_nothing_and_negative_sizes_are_refused():
     with pytest.raises(ValueError, match=r"mean F\(M\) is 0"):
         c.gap_by_prompt({"none": (torch.ones(2), torch.tensor([1.0, -1.0]))})
     steps, values = torch.arange(0, 101, 10), (torch.arange(11) > 8).float()
-    with pytest.raises(ValueError, match=r"centre must lie in the training, 0\.\.100"):
+    with pytest.raises(ValueError, match=r"must meet the training, 0\.\.100"):
         share_formed(steps, values, 1e6, 10)
     with pytest.raises(ValueError, match="do not change in the window"):
         plateaus(steps, values, 30, 20)

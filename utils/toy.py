@@ -194,10 +194,10 @@ def share_formed(
         raise ValueError(f"width must be positive, got {width}")
     if len(values) == 0 or values[-1] == values[0]:
         raise ValueError("values end where they began: no change to share out")
-    if not steps[0] <= centre <= steps[-1]:
-        training = f"{steps[0]}..{steps[-1]}"
-        raise ValueError(f"centre must lie in the training, {training}, got {centre}")
     edges = [centre - width / 2, centre + width / 2]
+    if edges[0] > steps[-1] or edges[1] < steps[0]:
+        training = f"{steps[0]}..{steps[-1]}"
+        raise ValueError(f"centre ± width / 2 must meet the training, {training}, got {edges}")
     before, after = np.interp(edges, steps.numpy(), values.numpy())
     return float(after - before) / (values[-1] - values[0]).item()
 
