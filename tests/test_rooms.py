@@ -76,10 +76,10 @@ LINES = {
     "project-2-Indirect-Object-Identification/*_claims.py": 355,
     "census/*.py": 1015,
     "census/lean/*.py": 10,
-    "tools/*.py": 2760,
+    "tools/*.py": 2770,
     "tools/benchmark*.py": 760,
     "tests/*.py": 14880,
-    "tools/site.py": 190,
+    "tools/site.py": 192,
     "docs/conf.py": 90,
 }
 ANALYSIS, ANALYSIS_LINES = list(LINES)[: list(LINES).index("utils/toy.py") + 1], 2700

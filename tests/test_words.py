@@ -43,6 +43,10 @@ def test_a_line_says_its_ends_and_where_it_turns():
     said = words(lines)
     assert "a: from 4 at 1 to 0 at 4, highest 5 at 2" in said
     assert "b: from 4 at 1 to 0 at 4, highest 5 at 2" in said
+    apart = plotting.panels(
+        [1, 2], {"up": {"a": [0, 1]}, "down": {"a": [1, 0]}}, title="t", x_label="x"
+    )
+    assert words(apart).endswith("a (up): from 0 at 1 to 1 at 2; a (down): from 1 at 1 to 0 at 2")
     assert "y = x" not in words(plotting.scatter(loss, loss, diagonal=True, **LOOK))
 
 
@@ -52,7 +56,7 @@ def test_bars_are_all_named_or_the_longest_three():
     many = plotting.bars(
         [str(i) for i in range(20)], torch.arange(-10.0, 10), title="t", x_label="at", y_label="y"
     )
-    assert words(many).endswith("longest at 0: −10, at 1: −9, at 19: 9")
+    assert words(many).endswith("largest of 20: at 0: −10, at 1: −9, at 19: 9")
 
 
 def test_points_with_a_label_are_named():

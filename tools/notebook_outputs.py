@@ -21,7 +21,7 @@ from PIL import Image
 
 from tools import notebook_run
 from tools.notebook_exercises import mark_checks
-from tools.pictures import darkened, lighten_numbers, png, with_palette
+from tools.pictures import FINE, darkened, lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
 from tools.words import alt_text
 from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
@@ -176,7 +176,7 @@ def for_readme(figure: dict) -> bytes:
     drawn = go.Figure(figure["data"], figure["layout"])
     size = dict(width=README_WIDTH, height=drawn.layout.height, scale=2)
     with Image.open(BytesIO(drawn.to_image("png", **size))) as picture:
-        return png(with_palette(picture))
+        return png(with_palette(picture, FINE))
 
 
 def write_readmes() -> None:

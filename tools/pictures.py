@@ -12,21 +12,24 @@ from PIL import Image
 # many, and a colour bar, whose rows are nearly of one colour, has enough to be read. Edges of
 # letters and lines, where most of the bytes go, share a few.
 FLAT, ROWS, EDGES = 196, 24, 11
+FINE = 120, 56, 80  # the same for a picture that may be larger
 DARK_PAGE = (13, 17, 23)
 # This method and k-means keep rare colours; the default does not.
 PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
 
-def with_palette(picture: Image.Image) -> Image.Image:
+def with_palette(
+    picture: Image.Image, most: tuple[int, int, int] = (FLAT, ROWS, EDGES)
+) -> Image.Image:
     """The picture with at most 256 colours, those of flat areas unchanged unless there are more."""
     rgb = np.asarray(picture.convert("RGB"))
     flat, index = _blocks(rgb, 2, 2), np.zeros(rgb.shape[:2], np.uint8)
     rows = _blocks(rgb, 1, 16, off=2) & ~flat
     palettes, first = [], 0
-    for where, most in ((flat, FLAT), (rows, ROWS), (~flat & ~rows, EDGES)):
+    for where, n_colours in zip((flat, rows, ~flat & ~rows), most, strict=True):
         if not where.any():
             continue
-        palette, index_there = _palette(rgb[where], most)
+        palette, index_there = _palette(rgb[where], n_colours)
         index[where] = index_there + first
         palettes.append(palette)
         first += len(palette)

@@ -123,6 +123,9 @@ def notebook_page(notebook: NotebookNode, place: str) -> NotebookNode:
             output.data = {
                 "text/html": drawn_by("iife.js", VIEW.sub(LOCAL, output.data["text/html"]))
             }
+        for output in shown:
+            if drawing := output.data.get("image/svg+xml"):  # in an <img> its words are not read
+                output.data = {"text/html": drawing}
         figures = [output for output in shown if PLOTLY in output.data]
         for output in figures:
             html = drawn_by("plotly.min.js", _figure(output))

@@ -30,6 +30,7 @@ def _seen(figure: Figure) -> Iterator[str]:
     layout = figure["layout"]
     headings = [note["text"] for note in layout.get("annotations", [])]
     panels: list[tuple] = []  # in the order of their headings
+    several = "yaxis2" in layout
     measured = layout.get("xaxis", {}).get("visible") is not False  # else a drawing
     for trace in figure["data"]:
         panel = trace.get("xaxis"), trace.get("yaxis")
@@ -41,8 +42,8 @@ def _seen(figure: Figure) -> Iterator[str]:
         elif trace["type"] == "bar":
             said = _bars(trace, layout)
         elif "lines" in mode and measured:
-            said = _curve(trace)
-            name = name if said else ""
+            said = _curve(trace) or ("text" in mode and _labelled(trace))
+            name = f"{name} ({_y_title(trace, layout)})" if said and several else name * bool(said)
         else:
             said = _labelled(trace) if "text" in mode else ""
         if name or said:
@@ -78,7 +79,8 @@ def _bars(trace: Figure, layout: Figure) -> str:
         shown = np.sort(np.argsort(-abs(np.nan_to_num(lengths)), kind="stable")[:3])
     letter = "y" if across else "x"
     said = [f"{_tick(trace, layout, letter, i)}: {_short(lengths[i])}" for i in shown]
-    return ("longest " if len(shown) < len(lengths) else "") + ", ".join(said)
+    of_all = f"largest of {len(lengths)}: " if len(shown) < len(lengths) else ""
+    return of_all + ", ".join(said)
 
 
 def _tick(trace: Figure, layout: Figure, letter: str, index: int) -> str:
@@ -114,6 +116,10 @@ def _labelled(trace: Figure) -> str:
     """The points that carry a label, at (x, y)."""
     points = zip(trace["text"], _numbers(trace["x"]), _numbers(trace["y"]), strict=True)
     return ", ".join(f"{text} at ({_short(x)}, {_short(y)})" for text, x, y in points if text)
+
+
+def _y_title(trace: Figure, layout: Figure) -> str | None:
+    return _axis_title(layout, f"yaxis{(trace.get('yaxis') or 'y')[1:]}")
 
 
 def _axis_title(layout: Figure, axis: str | Figure) -> str | None:
