@@ -19,7 +19,7 @@ def test_it_counts_the_exercises():
 
 def test_the_exercise_shown_is_told_what_is_shown(capsys):
     section = README.partition("### An exercise, once round\n")[2].partition("\n## ")[0]
-    stub, *said = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)
+    stub, *said = re.findall(r"```(?:python|text)?\n(.*?)```", section, re.DOTALL)
     answers = re.findall(r"`(-logits.*?)`", section)
     body = "raise NotImplementedError()"
     sources = [stub, *(stub.replace(body, f"return {answer}") for answer in answers)]
