@@ -22,11 +22,11 @@ LINES = {
     "utils/ablation.py": 145,
     "utils/patching.py": 110,
     "utils/paths.py": 180,
-    "utils/circuit.py": 371,
+    "utils/circuit.py": 372,
     "utils/attribution.py": 220,
     "utils/weights.py": 305,
     "utils/selection.py": 245,
-    "utils/toy.py": 341,  # the analysis part ends here
+    "utils/toy.py": 342,  # the analysis part ends here
     "utils/power_law.py": 110,
     "utils/prompts.py": 275,
     "utils/ioi.py": 270,

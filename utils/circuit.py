@@ -318,7 +318,8 @@ def gap_by_prompt(
 
     With d = F(C - G) - F(M - G), the mean over the roles G of `completeness` of d sign(mean d),
     over `|mean F(M)|`: its mean over the prompts is that of `|mean d|`, as in section 4.1.
-    nan for a circuit without roles. Raises ValueError for pairs without "none", or with nan.
+    nan for a circuit without roles. Raises ValueError for pairs without "none", with
+    nan, or of a model whose mean F(M) is 0.
     """
     if "none" not in pairs:
         raise ValueError(f"pairs must have 'none', got {list(pairs)}")

@@ -99,7 +99,7 @@ def circuit_diagram(
         corners = dict(x0=box.x - box.width / 2, x1=box.x + box.width / 2, y0=box.low, y1=box.high)
         look = dict(line=dict(color=colour, width=1.5), fillcolor=f"{colour}24")
         label = dict(text=box.text, font_size=11)
-        fig.add_shape(type="rect", layer="below", label=label, **corners, **look)
+        fig.add_shape(type="rect", label=label, **corners, **look)
     # on a phone a pixel is a unit: boxes fit their text, which does not stretch
     fig.update_xaxes(visible=False, range=[0, PAGE], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, height], fixedrange=True)

@@ -187,7 +187,7 @@ def share_formed(
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 
     Values between snapshots are interpolated. Raises ValueError for unequal lengths, when nothing
-    changed or the width is not positive.
+    changed, the width is not positive or the window lies outside the training.
     """
     _check_rising(steps)
     if width <= 0:
@@ -210,7 +210,8 @@ def plateaus(
 
     Share formed over length, of half a window on either side (or what the training has of it; nan
     where it has less than a quarter), over that of the window. A change at one rate all along gives
-    1 and 1, a step inside 0 and 0. Raises as `share_formed`.
+    1 and 1, a step inside 0 and 0. Raises as `share_formed`,
+    and ValueError when nothing changed in the window.
     """
     _check_rising(steps)
     first, last = steps[0].item(), steps[-1].item()
