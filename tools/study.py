@@ -35,12 +35,15 @@ SETS = {
 }
 N_CANDIDATES, N_NODES, N_WORST = 40, 30, 8
 SIZES = (5, 10, 15, 20, 25, 30)
-# What each early role reads, and where: site and place. (Its keys' senders are in the notebook.)
+# What a role reads, and where: site and place. (The senders of induction keys are in the notebook.)
 READS = {
+    "s_inhibition": (("v", "S2"),),
+    "giver_suppressor": (("k", "S2"),),
     "induction": (("q", "S2"), ("v", "S1+1")),
     "duplicate_token": (("q", "S2"), ("k", "S1"), ("v", "S1")),
     "previous_token": (("q", "S1+1"), ("k", "S1"), ("v", "S1")),
 }
+EVERYWHERE = "all positions"
 Figures = list[float | None]  # mean and standard error
 
 
@@ -92,22 +95,37 @@ def worst(model: TransformerBridge, found: Circuit, results: dict) -> dict:
 
 
 def back(model: TransformerBridge, found: Circuit, results: dict) -> dict:
-    """By role and what it reads: the heads on whose path the logit difference depends."""
+    """Whose paths count for what each role reads, and for what those read, until none is new.
+
+    Senders without a role are followed together: their queries where they were found to act, their
+    keys and values at every position, since no rule says where they look.
+    """
     (prompts,) = sets(model, "paths_on")
-    metric = LogitDiff(prompts.answers)
-    before = circuit.logit_diffs(model, prompts, [[]])[0]
     passing: dict[str, dict[str, dict[str, Figures]]] = {}
-    for role, reads in READS.items():
-        for site, place in reads if role in found else ():
-            at = {"site": site, "positions": prompts.positions[place]}
-            new = prompts.corrupted["abc"]
-            after = paths.path_patch(
-                model, prompts.tokens, new, metric, receivers=found[role], **at
-            )
-            effects = (before[:, None, None] - after) / before.mean().abs()
-            passing[f"{role}: {site} at {place}"] = chosen(effects, prompts)
-            say(f"{role}, {site} at {place}")
+    to_do = [(role, found[role], *read) for role in READS if role in found for read in READS[role]]
+    followed = {head for heads in found.values() for head in heads}
+    while to_do:
+        name, receivers, site, place = to_do.pop(0)
+        effects = to_receivers(model, prompts, receivers, site, place)
+        senders = passing[f"{name}: {site} at {place}"] = chosen(effects, prompts)
+        say(f"{name}, {site} at {place}: {', '.join(senders) or 'none'}")
+        new = [head for head in map(Head.from_label, senders) if head not in followed]
+        followed |= set(new)
+        reads = (("q", place), ("k", EVERYWHERE), ("v", EVERYWHERE))
+        to_do += [(" ".join(map(str, new)), new, *read) for read in reads if new]
     return {"back": passing}
+
+
+def to_receivers(
+    model: TransformerBridge, prompts: ioi.IOIPrompts, receivers: list[Head], site: str, place: str
+) -> Float[Tensor, "prompt layer head"]:
+    """Share of the logit difference lost with each head's path to these taken from ABC."""
+    before = circuit.logit_diffs(model, prompts, [[]])[0]
+    at = None if place == EVERYWHERE else prompts.positions[place]
+    to = {"receivers": receivers, "site": site, "positions": at}
+    metric, new = LogitDiff(prompts.answers), prompts.corrupted["abc"]
+    after = paths.path_patch(model, prompts.tokens, new, metric, **to)
+    return (before[:, None, None] - after) / before.mean().abs()
 
 
 def sets(model: TransformerBridge, *names: str) -> list[ioi.IOIPrompts]:
