@@ -41,6 +41,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 2",
         published="none forms",
         published_model="1 layer, attention only",
+        quantity="highest prefix-matching score, 0 to 1",
         rule="Measured: the best prefix-matching score of any head over all one-layer trainings "
         "with plain keys. The toys can show that one layer fails where two succeed, on this task. "
         "Holds when it is below 0.2, over three seeds or more.",
@@ -51,6 +52,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 2",
         published="forms",
         published_model="1 layer, smeared keys",
+        quantity="lowest of the best prefix-matching scores, 0 to 1",
         rule="Measured: over the one-layer trainings with smeared keys, the lowest of the best "
         "prefix-matching scores. That smearing also speeds two layers up is left to the notebook. "
         "Holds when it is above 0.5, over three seeds or more.",
@@ -61,6 +63,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, arguments 1 and 2",
         published="in every model of 2 or more layers",
         published_model=TOYS,
+        quantity="lowest of the best prefix-matching scores, 0 to 1",
         rule="Measured: over the trainings of two and three layers, of all widths and numbers of "
         "heads, with all else as at the centre, the lowest of the best prefix-matching scores. The "
         "toys reach three layers. Holds when it is above 0.5, over three seeds or more.",
@@ -71,6 +74,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 1",
         published="over 75 % of the gain inside the window",
         published_model="models of 2 or more layers",
+        quantity="share of the in-context-learning score that forms in the window",
         rule="Measured: share of the final in-context-learning score that forms in a quarter of "
         "the training around the sharpest rise of prefix matching; mean over the same trainings as "
         "for depth, its error over settings. What comes before and after on real text, the toys do "
@@ -84,6 +88,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 1 and the discussion of constant in-context learning",
         published="about -0.4 nats at every size",
         published_model=TOYS,
+        quantity="largest deviation from the centre's score, as a share of it",
         rule="Measured: the largest deviation of a size's mean score from that of the centre, as "
         "a share of the centre's; sizes as for depth. A toy's score is bounded by its task, which "
         "the larger ones solve alike, so agreement is weak evidence. Holds when it is below 0.1.",
@@ -95,6 +100,7 @@ CLAIMS: dict[str, Claim] = {
         f"{AOYAMA}, abstract (1)",
         published="a simple equation of the two",
         published_model="language models, natural and synthetic text",
+        quantity="share of the variance of log steps that is predicted",
         rule="Measured: share of the variance of log steps to the sharpest drop that a power law "
         "of batch and context size predicts for settings it was not fitted on. The form is ours, "
         "a power law in both; so is the task, where a longer context comes with longer segments. "
@@ -107,6 +113,7 @@ CLAIMS: dict[str, Claim] = {
         f"{AOYAMA}, abstract (1)",
         published="agnostic to model size",
         published_model="language models",
+        quantity="exponent of the number of parameters",
         rule="Measured: exponent of the number of parameters in the steps to the sharpest drop, "
         "over sizes as for depth. Toys span a factor of ten in size at one learning rate. Holds "
         "when it lies between -0.1 and 0.1: ten times the size shifts it by a quarter at most.",
@@ -118,6 +125,7 @@ CLAIMS: dict[str, Claim] = {
         "Only the product of batch and context size counts, the tokens of a step",
         f"{AOYAMA}, abstract (1); the product is our reading",
         published_model="language models",
+        quantity="exponent of context size minus that of batch size",
         rule="Measured: exponent of context size minus that of batch size in the steps to the "
         "sharpest drop, over the plane of both. The paper's equation may weigh them otherwise. "
         "Holds when it lies between -0.25 and 0.25.",
@@ -129,6 +137,7 @@ CLAIMS: dict[str, Claim] = {
         f"{MUSAT}, abstract",
         published=2,
         published_model="minimal two-layer model on a minimal task",
+        quantity="exponent of context size",
         rule="Measured: exponent of context size in the steps to the sharpest drop, at fixed "
         "batch size, over the plane. Their bound is for a modified transformer, a minimal task and "
         "an asymptotic length; our toys predict every token, with Adam, at four lengths within a "
@@ -143,6 +152,7 @@ CLAIMS: dict[str, Claim] = {
         f"{TIGGES}, abstract",
         published="at similar token counts across scale",
         published_model="Pythia, 70M to 2.8B",
+        quantity="largest over smallest number of tokens",
         rule="Measured: largest over smallest number of tokens at which the best induction-stripe "
         "score first reaches 0.4, over the sizes measured. Toys say nothing of it. Holds when it "
         "is below two, over three sizes or more.",

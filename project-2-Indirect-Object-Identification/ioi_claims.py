@@ -46,6 +46,7 @@ CLAIMS: dict[str, Claim] = {
         "The model gives the indirect object a higher logit than the subject",
         f"{WANG}, section 2",
         published=3.56,
+        quantity="mean logit difference",
         rule="Measured: mean logit difference. Holds when it is above 1.",
         holds=lambda clean: above(clean, 1),
     ),
@@ -53,6 +54,7 @@ CLAIMS: dict[str, Claim] = {
         "It does so in nearly every prompt",
         f"{WANG}, section 2",
         published=0.993,
+        quantity="share of prompts",
         rule="Measured: share of prompts in which the indirect object has the higher logit. Holds "
         "when it is 0.9 or more.",
         holds=lambda accuracy: at_least(accuracy, 0.9),
@@ -61,6 +63,7 @@ CLAIMS: dict[str, Claim] = {
         "The indirect object is a likely next token",
         f"{WANG}, section 2",
         published=0.49,
+        quantity="mean probability",
         rule="Measured: mean probability of the indirect object. Holds when it is above 0.1.",
         holds=lambda probability: above(probability, 0.1),
     ),
@@ -68,6 +71,7 @@ CLAIMS: dict[str, Claim] = {
         "The same on the eight prompts of the TransformerLens demos",
         "TransformerLens, Exploratory Analysis Demo",
         published=3.552,
+        quantity="mean logit difference",
         rule="Measured: mean logit difference, with the start token. Holds when it is above 1.",
         holds=lambda eight: above(eight, 1),
         needs=TASK,
@@ -76,6 +80,7 @@ CLAIMS: dict[str, Claim] = {
         "A few heads write most of the answer directly, and a few write against it",
         f"{WANG}, section 3.1",
         published="3 heads for, 2 against",
+        quantity="share that five heads write",
         rule="Measured: of all that heads write for the answer, the share of five, the largest on "
         "other prompts. Holds when it is above half and some head writes against the answer by "
         "more than the threshold.",
@@ -85,8 +90,10 @@ CLAIMS: dict[str, Claim] = {
     "ioi.same_heads": Claim(
         "Another draw of the prompts chooses the same heads",
         "ours; what a choice by a bound is worth",
+        quantity="share of the heads that are chosen again",
         rule="Measured: of the heads that two of three draws of prompts choose together, the share "
         "that the third chooses by itself, over the three ways. Holds when it is above half.",
+        n_of="heads",
         holds=lambda share: above(share, 0.5),
         needs=TASK,
     ),
@@ -94,9 +101,11 @@ CLAIMS: dict[str, Claim] = {
         "The more a name mover attends to a name, the more it writes that name",
         f"{WANG}, figure 3c",
         published="correlation above 0.81",
+        quantity="mean correlation of attention and what is written",
         rule="Measured: mean over the name movers of the correlation, over prompts and names, "
         "between attention and projection. Holds when it is above 0.5 and some head writes for "
         "the answer by more than the threshold.",
+        n_of="heads",
         holds=lambda correlation, writers: every(above(correlation, 0.5), bool(writers)),
         needs=TASK,
     ),
@@ -104,6 +113,7 @@ CLAIMS: dict[str, Claim] = {
         "Name movers attend from the end to the indirect object",
         f"{WANG}, section 3.1",
         published=0.59,
+        quantity="mean attention to the indirect object, 0 to 1",
         rule="Measured: mean attention of the name movers from END to IO. Holds when it is above "
         "0.3, its difference from that to S1 and S2 together above zero, and some head writes for "
         "the answer by more than the threshold.",
@@ -116,11 +126,12 @@ CLAIMS: dict[str, Claim] = {
         "Name movers copy names: what they read at a name raises that name",
         f"{WANG}, section 3.1",
         published="above 0.95; average head below 0.2",
+        quantity="copy score of the name movers, 0 to 1",
         rule="Measured: copy score (top 5) of the name movers, on what they read in the prompt, "
-        "each weighed by the size of its path effect. Holds when there are name movers and it is "
-        "above 0.8 and twice the mean of all heads.",
-        holds=lambda score, all_heads, movers: every(
-            bool(movers), above(score, 0.8), above(score, 2 * all_heads)
+        "each weighed by the size of its path effect. Holds when there are name movers, it is "
+        "above 0.8, and less twice the mean of all heads on the same prompts above zero.",
+        holds=lambda score, over_twice_all, movers: every(
+            bool(movers), above(score, 0.8), above(over_twice_all, 0)
         ),
         needs=TASK,
     ),
@@ -128,11 +139,12 @@ CLAIMS: dict[str, Claim] = {
         "Negative name movers do the reverse: what they read at a name lowers that name",
         f"{WANG}, section 3.1",
         published="0.98; average head 0.12",
+        quantity="copy score of the output turned round, 0 to 1",
         rule="Measured: copy score of the negative name movers with their output turned round, "
-        "each weighed by the size of its path effect. Holds when there are such heads and it is "
-        "above 0.8 and twice the mean of all heads.",
-        holds=lambda score, all_heads, negative: every(
-            bool(negative), above(score, 0.8), above(score, 2 * all_heads)
+        "each weighed by the size of its path effect. Holds when there are such heads, it is above "
+        "0.8, and less twice the mean of all heads on the same prompts above zero.",
+        holds=lambda score, over_twice_all, negative: every(
+            bool(negative), above(score, 0.8), above(over_twice_all, 0)
         ),
         needs=TASK,
     ),
@@ -140,6 +152,7 @@ CLAIMS: dict[str, Claim] = {
         "Some heads act through the name movers' queries, and attend from the end to S2",
         f"{WANG}, section 3.2",
         published="4 heads; attention to S2 0.51",
+        quantity="share of the logit difference that is lost",
         rule="Measured: share of the logit difference lost along the path from the strongest head "
         "to the name movers' queries, on prompts that it was not chosen on. Holds when there are "
         "such heads and name movers, it is above 0.01, and the head attends to S2 more than to IO: "
@@ -154,6 +167,7 @@ CLAIMS: dict[str, Claim] = {
         "and more at the subject",
         f"{WANG}, section 3.2 and figure 4",
         published="falls at IO, rises at S",
+        quantity="fall of attention to IO minus that to S",
         rule="Measured: mean attention of the name movers from END to IO minus that to S1 and S2, "
         "less the same with the S-inhibition heads' output at END from ABC prompts. Holds when it "
         "is above 0.1, the fall at IO and the rise at S1 and S2 are above zero, and there are "
@@ -167,6 +181,7 @@ CLAIMS: dict[str, Claim] = {
         "What S-inhibition heads carry is more the position of the subject than its name",
         f"{WANG}, appendix A",
         published="2.31 position, 0.99 token",
+        quantity="coefficient of position minus that of token, logits",
         rule="Measured: coefficient of position minus coefficient of token in the fit. Holds when "
         "it is above zero.",
         holds=lambda advantage: above(advantage, 0),
@@ -177,6 +192,7 @@ CLAIMS: dict[str, Claim] = {
         "previous-token heads the induction heads' keys at S1+1",
         f"{WANG}, section 3.3",
         published="2 of each; 2 previous-token heads",
+        quantity="share of the logit difference that is lost",
         rule="Measured: share of the logit difference lost through the S-inhibition heads' values, "
         "summed over the heads beyond the threshold, on prompts that they were not chosen on. "
         "Holds when it is above 0.01, an induction or duplicate-token head is among them, and a "
@@ -188,6 +204,7 @@ CLAIMS: dict[str, Claim] = {
         "What the induction and duplicate-token heads pass on is the position, too",
         f"{WANG}, section 3.3",
         published="at least 88 % by position, less than 8 % by token",
+        quantity="cost of the turned position, as a share of that at the S-inhibition heads",
         rule="Measured: what turning the position round in the early heads' output at S2 costs, as "
         "a share of what it costs in the S-inhibition heads' output. Holds when there are early "
         "heads, it is above half, and the same for another name in the same place below a quarter.",
@@ -200,8 +217,10 @@ CLAIMS: dict[str, Claim] = {
         "The early heads play the same roles on repeated random tokens",
         f"{WANG}, appendices H and I",
         published="among the top 1 to 5 heads",
+        quantity="share of the early heads in the top tenth",
         rule="Measured: share of the early heads that are in the top tenth of all heads by the "
         "score of their role. Holds when it is above half.",
+        n_of="heads",
         holds=lambda in_top: above(in_top, 0.5),
         needs=TASK,
     ),
@@ -209,6 +228,7 @@ CLAIMS: dict[str, Claim] = {
         "Knock out the name movers, and other heads take over part of their work",
         f"{WANG}, section 3.4",
         published="only 5 % is lost",
+        quantity="share of the logit difference that is lost",
         rule="Measured: share of the logit difference lost. Holds when there are name movers, what "
         "is saved (the share that they write directly, less what is lost) is above zero, and some "
         "other head writes more for the answer than before by more than the threshold, with the "
@@ -218,10 +238,24 @@ CLAIMS: dict[str, Claim] = {
         ),
         needs=TASK,
     ),
+    "ioi.backup_kinds": gpt2_claim(
+        "Those that take over had no part before, and look where the paper's backup name movers do",
+        f"{WANG}, section 3.4 and appendix F",
+        published="8 heads of 4 kinds",
+        quantity="share that heads of the four kinds write",
+        rule="Measured: of what the heads that step in write more for the answer, the share that "
+        "comes from heads without a role that are of one of the four kinds. Holds when it is above "
+        "half and there are name movers and heads that step in.",
+        holds=lambda share, movers, stepped_in: every(
+            bool(movers), bool(stepped_in), above(share, 0.5)
+        ),
+        needs=TASK,
+    ),
     "ioi.mlps": gpt2_claim(
         "Knocked out one at a time, only the first MLP is needed",
         f"{WANG}, appendix J",
         published="without the first the sign turns round",
+        quantity="share of the logit difference that is lost",
         rule="Measured: share of the logit difference lost without the first MLP (mean ablation at "
         "all positions). Holds when it is above half, and below a quarter for every other.",
         holds=lambda first, largest_other: every(above(first, 0.5), below(largest_other, 0.25)),
@@ -231,16 +265,18 @@ CLAIMS: dict[str, Claim] = {
         "The circuit alone does the task about as well as the model",
         f"{WANG}, section 4",
         published=0.87,
+        quantity="logit difference of the circuit over the model's",
         rule="Measured: mean logit difference of the circuit over that of the model, on prompts "
         "that it was not chosen on. Holds when it is between 0.8 and 1.2 in each order of names.",
-        holds=lambda ratio, abba, baba: every(
-            *(at_least(r, 0.8) for r in (abba, baba)), *(at_least(1.2, r) for r in (abba, baba))
+        holds=lambda ratio, ABBA, BABA: every(
+            *(at_least(r, 0.8) for r in (ABBA, BABA)), *(at_least(1.2, r) for r in (ABBA, BABA))
         ),
         needs=PATH,
     ),
     "ioi.distance": Claim(
         "It does so prompt by prompt, and not by errors that cancel",
         "ours; a mean ratio hides what cancels",
+        quantity="distance prompt by prompt, as a share of the logit difference",
         rule="Measured: mean over prompts of |F(C) - F(M)|, as a share of the mean F(M). Holds "
         "when it is below 0.3.",
         holds=lambda distance: below(distance, 0.3),
@@ -249,10 +285,11 @@ CLAIMS: dict[str, Claim] = {
     "ioi.attributed_circuit": Claim(
         "A circuit of as many nodes, chosen by node attribution, is as faithful",
         "ours; the method after Hanna et al. 2024",
+        quantity="logit difference of the circuit over the model's",
         rule="Measured: mean logit difference of that circuit over that of the model, on prompts "
         "that it was not chosen on. Holds when it is between 0.8 and 1.2 in each order of names.",
-        holds=lambda ratio, abba, baba: every(
-            *(at_least(r, 0.8) for r in (abba, baba)), *(at_least(1.2, r) for r in (abba, baba))
+        holds=lambda ratio, ABBA, BABA: every(
+            *(at_least(r, 0.8) for r in (ABBA, BABA)), *(at_least(1.2, r) for r in (ABBA, BABA))
         ),
         needs=TASK,
     ),
@@ -260,12 +297,13 @@ CLAIMS: dict[str, Claim] = {
         "Some thirty nodes, chosen for how much of the behaviour they bring back, are nearly the "
         "model",
         "ours; the search after Wang et al. 2022, appendix M",
+        quantity="logit difference of the circuit over the model's",
         rule="Measured: mean logit difference of that circuit over that of the model, on prompts "
         "that it was not chosen on. Holds when it is between 0.9 and 1.1 in each order of names "
         "and the distance, prompt by prompt, is below 0.3.",
-        holds=lambda ratio, abba, baba, distance: every(
-            *(at_least(r, 0.9) for r in (abba, baba)),
-            *(at_least(1.1, r) for r in (abba, baba)),
+        holds=lambda ratio, ABBA, BABA, distance: every(
+            *(at_least(r, 0.9) for r in (ABBA, BABA)),
+            *(at_least(1.1, r) for r in (ABBA, BABA)),
             below(distance, 0.3),
         ),
         needs=TASK,
@@ -274,6 +312,7 @@ CLAIMS: dict[str, Claim] = {
         "The preference comes from the name that is repeated: without one, no name is preferred to "
         "the giver",
         f"{WANG}, section 2: no answer is right on ABC prompts",
+        quantity="preference for the other names, as a share of the logit difference",
         rule="Measured: on ABC prompts, mean logit of the two names mentioned first minus that of "
         "the giver, as a share of the logit difference. Holds when it is below a quarter.",
         holds=lambda share: below(share, 0.25),
@@ -283,6 +322,7 @@ CLAIMS: dict[str, Claim] = {
         "A naive circuit, one head of every role that supports the answer, is about as faithful",
         f"{WANG}, section 4.3",
         published="distance 0.1 (text) or 0.44 (stored data) of 3.56",
+        quantity="logit difference of the circuit over the model's",
         rule="Measured: mean logit difference of the naive circuit over that of the model. Holds "
         "when its distance from the model is below a quarter of the model's.",
         holds=lambda ratio, distance, model: below(distance, 0.25 * model.mean),
@@ -291,8 +331,9 @@ CLAIMS: dict[str, Claim] = {
     "ioi.random_circuit": Claim(
         "A random circuit of the same size does not do the task",
         f"{WANG}, section 4",
-        rule="Measured: mean logit difference over that of the model, mean of five draws. Holds "
-        "when it is below 0.3.",
+        quantity="logit difference of the circuit over the model's",
+        rule="Measured: mean logit difference over that of the model, mean over five draws and its "
+        "error over them. Holds when it is below 0.3.",
         holds=lambda ratio: below(ratio, 0.3),
         needs=PATH,
     ),
@@ -300,6 +341,7 @@ CLAIMS: dict[str, Claim] = {
         "Knocked out role by role, circuit and model move alike",
         f"{WANG}, section 4.1",
         published="mean distance about 0.24 of the model's; naive 0.59 (stored data)",
+        quantity="mean distance, as a share of the model's logit difference",
         rule="Measured: mean distance of circuit and model over the roles, as a share of the "
         "model's logit difference. Holds when it is below 0.3, and less that of the naive circuit "
         "below zero.",
@@ -310,16 +352,18 @@ CLAIMS: dict[str, Claim] = {
         "Even the set of heads that tells them apart most moves circuit and model alike",
         f"{WANG}, section 4.1 (greedy search)",
         published="does not: the worst set found differs by 0.87 of the model's",
+        quantity="distance, as a share of the model's logit difference",
         rule="Measured: mean distance of circuit and model without the worst set found, as a share "
         "of the model's logit difference, on prompts that the set was not chosen on. Holds when "
-        "it is below half.",
-        holds=lambda distance: below(distance, 0.5),
+        "it is below half in each order of names.",
+        holds=lambda distance, ABBA, BABA: every(below(ABBA, 0.5), below(BABA, 0.5)),
         needs=PATH,
     ),
     "ioi.minimality": gpt2_claim(
         "Every head of the circuit matters",
         f"{WANG}, section 4.2",
         published="at least 0.01",
+        quantity="smallest change, as a share of the model's logit difference",
         rule="Measured: the smallest change that a head makes, as a share of the model's logit "
         "difference; which head and which comparison is chosen on other prompts. Holds when every "
         "head changes it by 0.01 or more.",
@@ -331,11 +375,15 @@ CLAIMS: dict[str, Claim] = {
         "does not",
         f"{WANG}, section 4.4",
         published="1.23 against 3.64",
+        quantity="mean logit difference",
         rule="Measured: mean logit difference with an extra sentence about the indirect object. "
-        "Holds when it is below that with one about a third name, and below that with one about "
-        "the subject: both differences are above zero.",
-        holds=lambda about_io, below_third, below_s: every(
-            above(below_third, 0), above(below_s, 0)
+        "Holds when in each order of names it is below that with one about a third name, and below "
+        "that with one about the subject: all four differences are above zero.",
+        holds=lambda about_io, below_third_ABBA, below_third_BABA, below_s_ABBA, below_s_BABA: (
+            every(
+                *(above(less, 0) for less in (below_third_ABBA, below_third_BABA)),
+                *(above(less, 0) for less in (below_s_ABBA, below_s_BABA)),
+            )
         ),
         needs=TASK,
     ),
@@ -343,6 +391,7 @@ CLAIMS: dict[str, Claim] = {
         "The heads found are those of the published circuit",
         f"{WANG}, figure 2",
         published="26 heads",
+        quantity="share of the published heads that are found",
         rule="Measured: share of the published heads that are found. Holds when it is above half, "
         "and more than half of the heads found are published. For GPT-2 small only.",
         holds=lambda recall, precision: recall > 0.5 and precision > 0.5,
