@@ -6,6 +6,7 @@ measured goes through the model and `utils`, as in the notebook.
 """
 
 import math
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
@@ -20,16 +21,20 @@ from utils.heads import prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
 from utils.toy import HELD_OUT, HELD_OUT_SEED, VOCAB, share_formed, sharpest_drop, smear
+from utils.typed import checked
 
 FORMED = 0.5  # prefix-matching score of the best head from which on a head has formed
 WINDOW = 4  # snapshots over which the sharpest drop is taken
 
 
+@checked
 def check_toy(toy: Toy) -> None:
     """Raise ValueError for a setting that cannot be trained or measured."""
-    for name in ("n_layers", "n_heads", "d_model", "batch", "n_steps"):
-        if getattr(toy, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(toy, name)}")
+    for name, value in toy._asdict().items():
+        least, kind = (0, Real) if name in ("smeared", "seed", "lr") else (1, int)
+        if not (isinstance(value, kind) and least <= value < math.inf):
+            whole = " and whole" if kind is int else ""
+            raise ValueError(f"{name} must be at least {least}{whole}, got {value!r}")
     if not 2 <= toy.shortest <= toy.longest < VOCAB:
         got = f"{toy.shortest} to {toy.longest}"
         raise ValueError(f"shortest and longest must be in order within 2..{VOCAB - 1}, got {got}")

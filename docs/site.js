@@ -18,6 +18,43 @@ if (contents) {
   new MutationObserver(follow).observe(contents, { subtree: true, attributeFilter: ["class"] });
 }
 
+// On a phone each row of a table that is wider than the screen becomes a card: its cells below each
+// other, each named by the head of its column.
+function asCards() {
+  for (const table of document.querySelectorAll("table:has(thead)")) {
+    table.classList.remove("cards");
+    const box = table.closest(".table-wrapper") ?? table;
+    if (!NARROW.matches || box.scrollWidth <= box.clientWidth) continue;
+    if (!table.role) nameCells(table);
+    table.classList.add("cards");
+  }
+}
+
+function nameCells(table) {
+  const heads = [];
+  for (const row of table.tHead.rows) { // pandas has a second one, for the name of the index
+    const texts = [...row.cells].flatMap((cell) => Array(cell.colSpan).fill(cell.textContent.trim()));
+    texts.forEach((text, i) => (heads[i] = `${heads[i] ?? ""} ${text}`.trim()));
+  }
+  table.role = "table"; // cells that stand below each other are no table to a browser
+  for (const row of table.querySelectorAll("tbody tr")) {
+    row.role = "row";
+    const skipped = heads.length - row.cells.length; // a cell of an earlier row goes on there
+    [...row.cells].forEach((cell, i) => {
+      const inside = document.createElement("div");
+      inside.append(...cell.childNodes);
+      cell.append(inside);
+      cell.role = cell.tagName === "TH" ? "rowheader" : "cell";
+      cell.dataset.label = heads[i + skipped];
+      cell.classList.toggle("empty", !inside.textContent.trim());
+    });
+  }
+}
+
+asCards();
+NARROW.addEventListener("change", asCards);
+document.addEventListener("toggle", asCards, true); // what was folded had no width
+
 // What scrolls sideways can be scrolled by key.
 for (const box of document.querySelectorAll("pre, math, .table-wrapper, .cell_output table")) {
   if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;

@@ -53,9 +53,9 @@ CLAIMS: dict[str, Claim] = {
         quantity="distance of the corner from the straight line, as a share of the line",
         rule="Measured: distance of the path's corner from the straight line between its ends, as "
         "a share of that line (two principal components; the corner is the snapshot farthest from "
-        "the line). Holds when it is above 0.25, the corner lies in the window of the phase "
-        "change, the plane has more than 0.8 of the variance, and the line is more than twice as "
-        "long as that of a one-layer model. (The last two bounds were set after seed 0 was seen.)",
+        "the line). The bounds on variance and length were set after seed 0 was seen. Holds when "
+        "it is above 0.25, the corner lies in the window of the phase change, the plane has more "
+        "than 0.8 of the variance, and the line is more than twice as long as that of one layer.",
         holds=lambda bend, corner, opens, closes, explained, times_one_layer: (
             bend > 0.25 and opens <= corner <= closes and explained > 0.8 and times_one_layer > 2
         ),

@@ -11,6 +11,7 @@ import time
 
 import huggingface_hub
 import nbformat
+import planted
 import psutil
 import pytest
 import torch
@@ -21,15 +22,24 @@ from stand_in_hub import COMMIT, REFUSING, a_hub, at_first, published, slowly
 
 from tools import notebook_run, notebooks
 from utils import toy
+from utils.ablation import mean_run
+from utils.attribution import attribution_patching, direct_logit_attribution, head_attribution
 from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
 from utils.heads import all_heads, cache_heads
 from utils.ledger.results import ROOT
+from utils.metrics import hold_final_scale
 from utils.models import download, hub, load, load_hf
 from utils.models.hub import hub_folder
 from utils.paths import path_patch
+from utils.selection import node_attribution
 from utils.session import restart
+from utils.weights import name_copying_score
+
+pytestmark = pytest.mark.timeout(300)  # whatever waits for a hub or a kernel ends
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="sends signals to a group of processes")
+needs_links = pytest.mark.skipif(os.name == "nt", reason="the hub's cache has no links there")
 
 # --- the hub
 
@@ -84,6 +94,7 @@ def flipped(content):
 
 
 HTML = (200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+FLIPPED = "a flipped bit"
 SPOILED = {
     "silent after the first answer": (
         listing_alone(lambda s, h, c: (s, {"Content-Length": "9"}, at_first(c, 0, 9))),
@@ -109,7 +120,7 @@ SPOILED = {
     "too many requests": (listing_alone(lambda *_: (429, {"Retry-After": "300"}, b"")), "429"),
     "out of order": (listing_alone(lambda *_: (503, {}, b"")), "503"),
     "an error of the server": (weights_alone(lambda *_: (500, {}, b"")), "500"),
-    "a flipped bit": (
+    FLIPPED: (
         weights_alone(lambda s, h, c: (s, {**h, "ETag": tag(c)}, flipped(c))),
         "arrived damaged",
     ),
@@ -134,7 +145,11 @@ LIKE |= {"a page in place of the weights", "weights cut short"}
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        pytest.param(*way, id=name, marks=[pytest.mark.nightly] if name in LIKE else [])
+        pytest.param(
+            *way,
+            id=name,
+            marks=[pytest.mark.nightly] * (name in LIKE) + [needs_links] * (name == FLIPPED),
+        )
         for name, way in SPOILED.items()
     ],
 )
@@ -172,7 +187,8 @@ def test_a_hub_that_fails_the_default_model(connect, random_gpt2_folder, monkeyp
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["a flipped bit", "cuts the connection"])
+@needs_links
+@pytest.mark.parametrize("name", [FLIPPED, "cuts the connection"])
 def test_after_a_failure_the_same_call_downloads(connect, random_gpt2_folder, name):
     faults = [SPOILED[name][0]]
 
@@ -195,6 +211,7 @@ def damage(folder, name):
     return path
 
 
+@needs_links
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damage_in_the_hubs_cache(connect, random_gpt2_folder, name):
     """Fetched again where there is a hub, named for deletion where there is none."""
@@ -228,6 +245,8 @@ def test_weights_of_gpt2_are_those_that_are_pinned(connect, random_gpt2_folder, 
 
 # --- interrupts
 
+OURS = f"{os.sep}utils{os.sep}"
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -250,7 +269,7 @@ def interrupt(monkeypatch):
 
         def trace(frame, event, argument):
             nonlocal left
-            if "/utils/" not in frame.f_code.co_filename:
+            if OURS not in frame.f_code.co_filename:
                 return None
             left -= event == "line"
             if left == 0:
@@ -369,6 +388,7 @@ def wait_for(process, text):
     raise AssertionError(f"it ended without {text!r}")
 
 
+@needs_signals
 def test_ctrl_c_while_a_notebook_runs_keeps_what_was_run(start):
     process = start("40 + 2", "import time; time.sleep(60)", "'never'")
     wait_for(process, "cell 2/3")
@@ -381,6 +401,7 @@ def test_ctrl_c_while_a_notebook_runs_keeps_what_was_run(start):
     assert first[0].data["text/plain"] == "42" and last == []
 
 
+@needs_signals
 def test_a_notebook_killed_in_the_middle_keeps_what_was_run_and_runs_again(start):
     process = start("40 + 2", "import time; time.sleep(3)", "'last'")
     wait_for(process, "cell 2/3")
@@ -495,6 +516,29 @@ def test_what_would_not_fit_is_refused_before_compute(tiny, draw, memory, no_for
         with pytest.raises(MemoryError, match=says) as raised:
             call()
         assert "`names_filter`" in str(raised.value)
+
+
+def test_attributions_and_copying_are_refused_before_compute(tiny, draw, memory, no_forward):
+    tokens, answers = draw(tiny, n_prompts=50, length=20), torch.tensor([[1, 2]] * 50)
+    memory(1000)
+    for call in (
+        lambda: attribution_patching(tiny, tokens, tokens, last_logit),
+        lambda: direct_logit_attribution(tiny, tokens, answers),
+        lambda: head_attribution(tiny, tokens, answers),
+        lambda: hold_final_scale(tiny, tokens),
+        lambda: name_copying_score(tiny, tokens[:, 0], all_heads(tiny)),
+    ):
+        with pytest.raises(MemoryError, match=r"would take .* MB for 50 prompts, "):
+            call()
+
+
+@torch.no_grad()
+def test_node_attribution_counts_what_a_batch_takes(memory):
+    model, prompts = planted.planted_model(), planted.planted_prompts(40)
+    means = mean_run(model, prompts.tokens)
+    memory(16 * model.cfg.n_layers * packs.bytes_of_row(model, prompts.tokens.shape[1]))
+    with pytest.raises(MemoryError, match=r"The gradient would take .* MB for 16 prompts, "):
+        node_attribution(model, prompts, means)
 
 
 def test_what_a_cache_would_take_is_what_it_takes(tiny, draw, monkeypatch):

@@ -18,6 +18,8 @@ from stand_in_hub import COMMIT, FROM_HUB, REFUSING, a_hub, always
 from utils.ledger.results import ROOT
 from utils.models.hub import hub_trouble
 
+pytestmark = pytest.mark.timeout(300)  # whatever waits for a hub ends
+
 
 def address(listener):
     return f"http://127.0.0.1:{listener.getsockname()[1]}"

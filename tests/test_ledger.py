@@ -64,7 +64,8 @@ def test_the_file_follows_the_schema(ledger, tmp_path):
     toy, lm = data["claims"]  # in the order of the claims file, not of recording
     figures = [toy[key] for key in ("measured", "stderr", "n", "verdict")]
     assert figures == [0.25, None, None, "does not hold"]
-    text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2", "published": 0.18}
+    text = {"id": "lm.loss", "statement": "Loss", "source": "s. 2"}
+    text |= {"quantity": None, "published": 0.18}
     figure = {"published_model": "gpt2-small", "measured": 3.142, "stderr": 0.01235, "n": 64}
     figure["n_of"] = None
     verdict = {"others": {}, "for_want_of": [], "holds_when": "", "verdict": "holds"}
@@ -246,6 +247,7 @@ def test_table_shows_verdicts_first_then_figures_and_the_rule_folded(ledger, tmp
     write_json(seeds, {"1": run(entry("toy.copying", 0.7, holds=False))})
     row = "? undecided (holds in 1 of 2 seeds): It copies: ours 0.600 ± 0.100 (n = 2 seeds)"
     assert repr(ledger.table(seeds)).splitlines()[1] == f"{row}; published –"
+    assert repr(ledger.table(seeds, own_seed=1)) == repr(table)  # this run's own: counted once
     html = ledger.table(seeds)._repr_html_()
     assert ">? undecided</span>" in html and "<div>holds in 1 of 2 seeds</div>" in html
 
@@ -273,8 +275,12 @@ def test_figures_have_one_precision_and_no_negative_zero(value, text):
         (entry("lm.a", 0.53), entry("lm.a", 0.5), True),
         (entry("lm.a", 10.4), entry("lm.a", 10.0), False),  # within 5 %
         (entry("lm.a", 10.6), entry("lm.a", 10.0), True),
-        (entry("lm.a", 0.9), entry("lm.a", 0.5, stderr=0.11, n=9), False),  # within 4 stderr
-        (entry("lm.a", 0.95), entry("lm.a", 0.5, stderr=0.11, n=9), True),
+        (entry("lm.a", 0.9, n=9), entry("lm.a", 0.5, stderr=0.11, n=9), False),  # within 4 stderr
+        (entry("lm.a", 0.95, n=9), entry("lm.a", 0.5, stderr=0.11, n=9), True),
+        (entry("lm.a", 0.5, n=8), entry("lm.a", 0.5, n=9), True),
+        (entry("lm.a", 0.5, others={"b": 0.44}), entry("lm.a", 0.5, others={"b": 0.4}), False),
+        (entry("lm.a", 0.5, others={"b": 0.46}), entry("lm.a", 0.5, others={"b": 0.4}), True),
+        (entry("lm.a", 0.5), entry("lm.a", 0.5, others={"b": 0.4}), True),
         # over seeds: sd = 0.05 * 2 = 0.1, so 0.4 is allowed and stderr alone would not do
         (entry("toy.a", 0.85), entry("toy.a", 0.5, stderr=0.05, n=4, holds_in="4/4"), False),
         (entry("toy.a", 0.95), entry("toy.a", 0.5, stderr=0.05, n=4, holds_in="4/4"), True),
@@ -338,6 +344,7 @@ def test_merge_seeds_with_missing_figures():
 
 def test_markdown(tmp_path):
     published = {"statement": "a | b", "published": 3.56, "published_model": "gpt2-small"}
+    published["quantity"] = "score, -1 to 1"
     data = run(
         entry("lm.a", 0.5, stderr=0.01, n=8, **published),
         entry("toy.a", 0.25, holds=False, stderr=0.0, n=5, n_of="seeds", holds_in="0/5"),
@@ -349,10 +356,10 @@ def test_markdown(tmp_path):
     assert text == markdown_table(data)
     assert text == (
         "Model: `smollm2-135m`; torch 2.\n\n1 of 2 claims hold, 1 does not.\n\n"
-        "| verdict | claim | published | ours ± standard error (n) |\n"
-        "| --- | --- | --- | --- |\n"
-        "| ✓ holds | a \\| b | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) |\n"
-        "| ✗ does not hold (holds in 0 of 5 seeds) | s | – | 0.250 ± 0.000 (n = 5 seeds) |\n\n"
+        "| verdict | claim | what is measured | published | ours ± standard error (n) |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| ✓ holds | a \\| b | score, −1 to 1 | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) |\n"
+        "| ✗ does not hold (holds in 0 of 5 seeds) | s | – | – | 0.250 ± 0.000 (n = 5 seeds) |\n\n"
         "| role | heads |\n| --- | --- |\n"
         "| previous token | L3H4 |\n| duplicate token | none |\n"
     )
@@ -366,15 +373,17 @@ def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
     text = summary(run(*claims), ["lm.a"])
     assert text == (
         "**1 of 2 claims hold, 1 does not** for `smollm2-135m`.\n\n"
-        "- ✓ It is small. Ours: 0.000.\n\n"
+        "- ✓ It is small.<br>Ours: 0.000.\n\n"
         "<details><summary>Claims that do not hold</summary>\n\n"
-        "- It is large. Ours: 0.100, with bound 0.200.\n\n</details>\n"
+        "- It is large.<br>Ours: 0.100, with bound 0.200.\n\n</details>\n"
     )
     claims[1] |= {"others": {}, "holds_when": "it lies between -0.2 and 0.2"}
     assert "Ours: 0.100; holds when it lies between −0.2 and 0.2.\n" in summary(run(*claims), [])
     named = summary(run(*claims), ["lm.b"])
-    assert "- ✗ It is large. Ours: 0.100; why it does not hold is said below.\n" in named
+    assert "- ✗ It is large.<br>Ours: 0.100; why it does not hold is said below.\n" in named
     claims[0] |= {"published": 3.56, "published_model": None}
+    labelled = summary(run(claims[0] | {"quantity": "mean loss"}), ["lm.a"])
+    assert "It is small.<br>Mean loss: ours 0.000; published: 3.56.\n" in labelled
     theirs = summary(run(*claims), ["lm.a"], run(entry("lm.a", -0.5)))
     assert "Ours: 0.000; ours on `gpt2-small`: −0.500; published: 3.56.\n" in theirs
     with pytest.raises(ValueError, match="claim_ids: got"):

@@ -276,7 +276,7 @@ def test_the_workflows_and_the_hook_run_make_targets_that_exist():
         "sh tools/propose_results.sh gpt2-small",
         'sh tools/report_break.sh "$RUN"',
     ]
-    targets = ["lint", "notebooks", "notebooks", "notebooks", "site", "test"]
+    targets = ["lint", "lint", "notebooks", "notebooks", "notebooks", "site", "test"]
     targets += ["test-${{ matrix.versions }}", f"test-newest LENS={lens}", "test-nightly"]
     assert commands == [*(f"make {target}" for target in targets), *other]
     for command in commands[: len(targets)]:  # make can say what it would do

@@ -104,7 +104,13 @@ def test_long_texts_are_prose_of_topics_and_modules_by_turns(smollm2):
     other = long_texts(smollm2, n_texts=6, n_tokens=100, seed=1)
     assert not torch.equal(tokens, other)
     assert torch.equal(tokens, long_texts(smollm2, n_texts=6, n_tokens=100))
-    assert long_texts(smollm2, n_texts=28, n_tokens=512).shape == (28, 512)  # the notebook's
+    many = long_texts(smollm2, n_texts=28, n_tokens=512)  # the notebook's
+    assert many.shape == (28, 512)
+    paragraphs = [
+        text.split("\n\n") for text in smollm2.tokenizer.batch_decode(many[:, 1:].tolist())
+    ]
+    whole = [paragraph for text in paragraphs for paragraph in text[:-1]]  # the last one is cut
+    assert len(whole) == len(set(whole))  # though topics of the manual include each other
 
 
 def test_lines_of_a_kind_share_a_label_and_no_word(smollm2):

@@ -7,6 +7,7 @@ import torch
 from test_circuit import random_prompts
 
 from utils import circuit as c
+from utils import selection as s
 from utils.ablation import losses, pattern_preserving
 from utils.edits import (
     STREAM_SITES,
@@ -88,7 +89,14 @@ def every_sweep(model):
     removed = c.knock_out(model, prompts, means, c.nodes(circuit))
     found["knock-out"] = c.logit_diffs(model, prompts, [removed])[0]
     found["completeness"] = c.completeness(model, prompts, means, circuit)
-    return found | {"minimality": c.minimality(model, prompts, means, circuit)}
+    found |= {"minimality": c.minimality(model, prompts, means, circuit)}
+    on, nodes = (model, prompts, means), sorted(c.nodes(circuit))
+    found["each added"] = s.each_added(*on, set(nodes[:1]), nodes[1:])
+    found["each removed"] = s.each_removed(*on, set(nodes), nodes[1:], set(nodes[:1]))
+    found["of the model"] = s.each_removed(*on, None, nodes[1:], set(nodes[:1]))
+    found["forward"] = s.forward_search(*on, nodes, n_steps=2)
+    found["backward"] = s.backward_search(*on, nodes, n_left=2)
+    return found | {"worst set": s.worst_set(*on, set(nodes), n_steps=2)}
 
 
 def some_sweeps(model):
@@ -105,6 +113,9 @@ def some_sweeps(model):
 def assert_same(got, want):
     assert [str(key) for key in got] == [str(key) for key in want]
     for one, other in zip(got.values(), want.values(), strict=True):
+        if isinstance(one, list):  # of a search
+            assert [step.node for step in one] == [step.node for step in other]
+            one, other = ([step.figure for step in steps] for steps in (one, other))
         torch.testing.assert_close(one, other, equal_nan=True, **EXACT)
 
 

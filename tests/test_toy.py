@@ -212,10 +212,22 @@ def test_a_smooth_exponential_is_no_phase_change(tau, noise):
     share = toy.share_formed(steps, smooth, centre, width)
     rates = toy.plateaus(steps, -smooth, centre, width)
     rule = CLAIMS["toy.phase_change"].holds
-    assert math.isnan(rates[0]) or not rule(share, share, *rates)
+    assert not rule(share, share, *rates)
     assert tau != 20 or share > 0.75  # the share alone would have passed
     late = torch.sigmoid((steps - 250) / 12)  # what a phase change looks like
     assert rule(0.9, 0.9, *toy.plateaus(steps, late, 250, width))
+
+
+@pytest.mark.parametrize("tau", [20, 25, 30])
+def test_a_smooth_s_fails_by_its_plateaus_alone(tau):
+    """Five slow steps that wait for each other: here both rates are numbers, and one too large."""
+    steps = torch.arange(0, 501, 10)
+    late = steps / tau
+    smooth = 1 - torch.exp(-late) * sum(late**i / math.factorial(i) for i in range(5))
+    centre, width = toy.sharpest_drop(steps, -smooth, window=3), 125
+    rates = toy.plateaus(steps, -smooth, centre, width)
+    assert not any(map(math.isnan, rates)) and max(rates) > 1 / 3
+    assert not CLAIMS["toy.phase_change"].holds(0.9, 0.9, *rates)
 
 
 def test_the_path_of_a_turn_and_of_a_straight_line():

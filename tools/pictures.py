@@ -6,27 +6,36 @@ from io import BytesIO
 
 import numpy as np
 import oxipng
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 # Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, up to so
-# many, and a colour bar, whose rows are nearly of one colour, has enough to be read. Edges of
-# letters and lines, where most of the bytes go, share a few.
-FLAT, ROWS, EDGES = 196, 24, 11
-FINE = 120, 56, 80  # the same for a picture that may be larger
+# many, and a colour bar has enough to show no bands. Edges of letters and lines, where most of the
+# bytes go, share a few, those that run along a row some more.
+BAR, FLAT, ROWS, EDGES = 64, 156, 24, 11
+FINE = 64, 96, 16, 80  # the same for a picture that may be larger
 DARK_PAGE = (13, 17, 23)
+# Reds on a dark page, by their lightness on a light one: as page/figures.js has them.
+RED_LIGHTNESS = (51, 101, 145, 187, 226, 247)
+DARK_REDS = np.array(
+    [(255, 124, 122), (236, 70, 74), (186, 48, 54), (128, 38, 42), (84, 36, 38), (28, 30, 34)]
+)
 # This method and k-means keep rare colours; the default does not.
 PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
 
 
 def with_palette(
-    picture: Image.Image, most: tuple[int, int, int] = (FLAT, ROWS, EDGES)
+    picture: Image.Image, most: tuple[int, int, int, int] = (BAR, FLAT, ROWS, EDGES)
 ) -> Image.Image:
     """The picture with at most 256 colours, those of flat areas unchanged unless there are more."""
     rgb = np.asarray(picture.convert("RGB"))
-    flat, index = _blocks(rgb, 2, 2), np.zeros(rgb.shape[:2], np.uint8)
-    rows = _blocks(rgb, 1, 16, off=2) & ~flat
+    index = np.zeros(rgb.shape[:2], np.uint8)
+    rows = _blocks(rgb, 1, 16, off=2)
+    bar = rows & _shaded(rgb)
+    flat = _blocks(rgb, 2, 2) & ~bar
+    rows &= ~bar & ~flat
     palettes, first = [], 0
-    for where, n_colours in zip((flat, rows, ~flat & ~rows), most, strict=True):
+    for where, n_colours in zip((bar, flat, rows, ~(bar | flat | rows)), most, strict=True):
         if not where.any():
             continue
         palette, index_there = _palette(rgb[where], n_colours)
@@ -36,6 +45,14 @@ def with_palette(
     light = Image.fromarray(index)
     light.putpalette(np.concatenate(palettes).tobytes())
     return light
+
+
+def _shaded(rgb: np.ndarray) -> np.ndarray:
+    """Where colours change from row to row, but slowly, as in a colour bar."""
+    steps = np.zeros(rgb.shape[:2], np.int16)
+    steps[1:] = abs(np.diff(rgb.astype(np.int16), axis=0)).max(-1)
+    around = sliding_window_view(np.pad(steps, ((4, 3), (0, 0)), mode="edge"), 8, axis=0)
+    return (around.max(-1) <= 4) & (around.sum(-1) > 0)
 
 
 def _blocks(rgb: np.ndarray, n_down: int, n_right: int, off: int = 0) -> np.ndarray:
@@ -65,15 +82,24 @@ def _palette(pixels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 def darkened(content: bytes) -> bytes:
     """A stored picture for a dark page: each colour keeps its hue and has the opposite lightness.
 
-    As page/figures.js does it to the figures of pages, but that white becomes GitHub's dark grey.
+    Reds apart, as page/figures.js does it to the figures of pages, but that white becomes GitHub's
+    dark grey.
     """
     with Image.open(BytesIO(content)) as picture:
         rgb = np.asarray(picture.convert("RGB"))
     palette, index = _palette(rgb.reshape(-1, 3), 256)
     colours, page = palette.astype(int), np.array(DARK_PAGE)
-    opposite = colours + 255 - colours.max(1, keepdims=True) - colours.min(1, keepdims=True)
+    high, low = colours.max(1), colours.min(1)
+    lightness = (high + low) / 2
+    shift = 255 * (1 - lightness / 255) ** 0.85 - lightness
+    opposite = (colours + shift[:, None]).clip(0, 255)
+    shown = page + opposite * (255 - page) / 255
+    red, green, blue = colours.T
+    reds = (red == high) & (high - low > 20) & (abs(green - blue) < 0.42 * (high - low))
+    for part in range(3):
+        shown[reds, part] = np.interp(lightness[reds], RED_LIGHTNESS, DARK_REDS[:, part])
     dark = Image.fromarray(index.reshape(rgb.shape[:2]).astype(np.uint8))
-    dark.putpalette((page + opposite * (255 - page) / 255).round().astype(np.uint8).tobytes())
+    dark.putpalette(shown.round().astype(np.uint8).tobytes())
     return png(dark)
 
 

@@ -11,11 +11,14 @@ from utils.ledger.results import (
     UNDECIDED,
     cells,
     counts,
+    quantity,
     read_json,
     verdict,
     why,
 )
 from utils.look import role_in_words
+from utils.models.load import SMOLLM2_NAME
+from utils.models.offline import GGUF_IS
 
 PAPERS = "gpt2-small"  # the model that most published figures are of
 
@@ -27,7 +30,8 @@ def compare(fresh: dict, committed: dict) -> list[str]:
     the committed one, or by four standard errors, whichever is most. A claim averaged over n seeds
     stands against a single one, so four standard deviations (stderr * sqrt(n)) count instead, and
     if the seeds disagreed its verdict is free. The heads of a role may differ in one head, or in a
-    fifth of them if that is more: scores near a threshold fall on either side.
+    fifth of them if that is more: scores near a threshold fall on either side. Counts must be the
+    same, and what else a rule looks at within a tenth or 0.05 (a toy's may be anything).
     """
     found = []
     if fresh["weights"] != committed["weights"]:
@@ -52,6 +56,8 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
     seeds_agree = held in ("0", of)
     if new["verdict"] != old["verdict"] and seeds_agree:
         found.append(f"{new['id']}: {verdict(new)}, committed {verdict(old)}")
+    if "holds_in" not in old:
+        found += _compare_others(new, old)
     a, b = new["measured"], old["measured"]
     if a is None or b is None:
         return found if a is b else [*found, f"{new['id']}: measured {a}, committed {b}"]
@@ -64,6 +70,20 @@ def _compare_claim(new: dict, old: dict) -> list[str]:
     return found
 
 
+def _compare_others(new: dict, old: dict) -> list[str]:
+    """Counts, and what else the rule looks at."""
+    figures = [side.get("others") or {} for side in (new, old)]
+    pairs = {name: [figure.get(name) for figure in figures] for name in {*figures[0], *figures[1]}}
+    apart = {
+        name: (a, b)
+        for name, (a, b) in pairs.items()
+        if a != b and (None in (a, b) or abs(a - b) > max(0.05, 0.1 * abs(b)))
+    }
+    if new["n"] != old["n"]:
+        apart["n"] = (new["n"], old["n"])
+    return [f"{new['id']}, {name}: {a}, committed {b}" for name, (a, b) in apart.items()]
+
+
 def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) -> str:
     """How many claims hold, the named ones with their figures, and, folded, those that do not hold.
 
@@ -73,23 +93,34 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
     claims = {claim["id"]: claim for claim in ledger["claims"]}
     if unknown := [i for i in claim_ids if i not in claims]:
         raise ValueError(f"claim_ids: got {unknown}, have {', '.join(claims)}")
-    lines = [f"**{counts(claims.values())}** for `{ledger['model']}`.", ""]
+    lines = [f"**{counts(claims.values())}** for {in_full(ledger['model'])}.", ""]
     theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
     for claim in (claims[i] for i in claim_ids):
         _, published, ours = cells(claim)
-        figures = [f"Ours: {ours}"]
+        figures = [_labelled(claim, ours)]
         if claim["id"] in theirs:
             figures.append(f"ours on `{PAPERS}`: {cells(theirs[claim['id']])[2]}")
         figures += [f"published: {published}"] * (published != "–")
         figures += ["why it does not hold is said below"] * (claim["verdict"] == FAILS)
-        lines.append(f"- {SIGNS[claim['verdict']]} {claim['statement']}. {'; '.join(figures)}.")
+        lines.append(f"- {SIGNS[claim['verdict']]} {claim['statement']}.<br>{'; '.join(figures)}.")
     for verdict_, head in ((FAILS, "do not hold"), (UNDECIDED, "are undecided")):
         named = [c for c in claims.values() if c["verdict"] == verdict_]
         if named:
             lines += ["", f"<details><summary>Claims that {head}</summary>", ""]
-            lines += [f"- {c['statement']}. Ours: {with_others(c)}." for c in named]
+            lines += [f"- {c['statement']}.<br>{_labelled(c, with_others(c))}." for c in named]
             lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def in_full(label: str) -> str:
+    """A model's label, and behind the offline model's what it is."""
+    return f"`{label}`" + f" ({GGUF_IS})" * (label == SMOLLM2_NAME)
+
+
+def _labelled(claim: dict, figure: str) -> str:
+    """Our figure behind the name of what it is."""
+    label = quantity(claim)
+    return f"{label[0].upper()}{label[1:]}: ours {figure}" if label else f"Ours: {figure}"
 
 
 def with_others(claim: dict) -> str:
@@ -102,18 +133,18 @@ def markdown_table(ledger: dict | Path) -> str:
     """The ledger's claims and heads as Markdown, for a README."""
     data = ledger if isinstance(ledger, dict) else read_json(ledger)
     lines = [
-        f"Model: `{data['model']}`; "
+        f"Model: {in_full(data['model'])}; "
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + ".",
         "",
         f"{counts(data['claims'])}.",
         "",
-        "| verdict | claim | published | ours ± standard error (n) |",
-        "| --- | --- | --- | --- |",
+        "| verdict | claim | what is measured | published | ours ± standard error (n) |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for c in data["claims"]:
         verdict_, published, _ = cells(c)
-        row = verdict_, c["statement"], published, with_others(c)
+        row = verdict_, c["statement"], quantity(c) or "–", published, with_others(c)
         lines.append("| " + " | ".join(map(_escape, row)) + " |")
     return "\n".join(lines) + "\n" + heads_table(data)
 

@@ -14,6 +14,8 @@ from transformer_lens.tools.analysis import direct_logit_attribution as tl_logit
 
 from utils.checks import check_range, check_tokens
 from utils.edits import check_sweep, hook_name, record
+from utils.engine.memory import check_cache
+from utils.engine.packs import check_gradient
 from utils.heads import as_heads, check_heads
 from utils.metrics import LogitDiff, last_position_hooks, token_batches
 from utils.typed import checked
@@ -38,7 +40,8 @@ def direct_logit_attribution(
     stream by one number: every component is divided by that same number (and centred, where the
     norm centres), so the values add up to the logit difference (before the model caps its logits,
     as Gemma 2 does). Raises ValueError for answers outside the vocabulary and for a model that
-    is not in compatibility mode; tokens as `check_tokens`.
+    is not in compatibility mode; tokens as `check_tokens`. MemoryError if what is kept takes over
+    80 % of the free memory.
     """
     cache = _at_the_end(model, tokens, answers, ["hook_attn_out", "hook_mlp_out"])
     written = tl_logit_attribution(model, None, *answers.T, cache=cache)  # None: no second run
@@ -145,8 +148,11 @@ def attention_table(
     """Mean attention of some heads (rows) from one named place of the prompts to others (columns).
 
     The last column, `looks at`, is the place that a head attends to most, or "-" where that is less
-    than `least`. Raises ValueError as `attention_at`, and for a place that has no position.
+    than `least`. Raises ValueError as `attention_at`, for no sources, and for a place that has no
+    position.
     """
+    if not sources:
+        raise ValueError("sources is empty, give at least one place")
     if lacking := {dest, *sources} - set(positions):
         raise ValueError(f"positions: no {sorted(lacking)[0]!r} among {list(positions)}")
     heads = as_heads(heads)
@@ -172,8 +178,10 @@ def attribution_patching(
     guess at what `utils.patching` measures (Nanda 2023, "Attribution patching"). `metric` gets the
     logits of the last position, [prompt 1 vocab]. Raises ValueError for prompts that differ in
     shape, and a metric that is not one differentiable value per prompt; tokens as `check_tokens`.
+    MemoryError if what the gradient keeps takes over 80 % of the free memory.
     """
     check_sweep(model, {"clean": clean, "corrupted": corrupted}, metric)
+    check_gradient(model, corrupted)
     with torch.no_grad():
         wanted = torch.stack(list(record(model, clean, ["z"]).activations.values()))
     found: list[Float[Tensor, "prompt pos head d_head"]] = []
@@ -209,6 +217,9 @@ def _at_the_end(
     # a model has some of these only: those it lacks are not in the cache
     names = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale"]
     names += [f"blocks.{layer}.{site}" for layer in range(model.cfg.n_layers) for site in sites]
+    # what heads write is taken apart: a stream for each head of a layer
+    times = model.cfg.n_heads if "attn.hook_z" in sites else 1
+    check_cache(model, tokens[:, -1:], names * times)
     parts = []
     for batch in token_batches(model, tokens):
         with model.hooks(fwd_hooks=last_position_hooks()):

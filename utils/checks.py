@@ -5,13 +5,19 @@ Types, shapes and finite numbers are checked by `utils.typed`; here is what they
 
 from collections.abc import Iterable
 from operator import index
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from utils.engine.readout import Hooks
 from utils.typed import BadArgument, checked, kind_of
+
+# the weights, by identity and number of changes, that were found finite: looked at once, as a sweep
+# checks its model for every head
+_finite: WeakKeyDictionary[TransformerBridge, list] = WeakKeyDictionary()
 
 
 @checked
@@ -32,14 +38,28 @@ def check_model(model: TransformerBridge, folded: bool = True) -> None:
     """
     if any(part.training for part in model.modules()):
         raise ValueError("model is in training mode: call model.eval()")
-    kinds = {weight.dtype for weight in model.parameters()}
+    weights = list(model.parameters())
+    kinds = {weight.dtype for weight in weights}
     if coarse := kinds - {torch.float32, torch.float64}:
         kind = next(iter(coarse))
         raise ValueError(f"model is in {kind}, too coarse for single heads: call model.float()")
+    _check_finite(model, weights)
     if torch.is_autocast_enabled(torch.device(model.cfg.device).type):
         raise ValueError("model runs under torch.autocast, too coarse for single heads: leave it")
     if folded and not (model.compatibility_mode and all(map(_is_folded, model.blocks))):
         raise ValueError("model must be in compatibility mode: call enable_compatibility_mode()")
+
+
+def _check_finite(model: TransformerBridge, weights: list[Tensor]) -> None:
+    """Raise ValueError for weights that are nan or infinite."""
+    # tensors made in inference mode do not count their changes
+    state = [(id(p), p.is_inference() or p._version) for p in weights]
+    if _finite.get(model) == state:
+        return
+    if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
+        raise ValueError(f"model: {what}")
+    _finite[model] = state
 
 
 def _is_folded(block: torch.nn.Module) -> bool:
@@ -110,6 +130,13 @@ def check_length(model: TransformerBridge, n_tokens: int, name: str) -> None:
     """Raise ValueError for prompts that the model's context does not hold."""
     if n_tokens > model.cfg.n_ctx:
         raise ValueError(f"{name} of {n_tokens} tokens exceed the context of {model.cfg.n_ctx}")
+
+
+@checked
+def check_hooks(model: TransformerBridge, hooks: Hooks) -> None:
+    """Raise ValueError for hooks at a place that the model lacks."""
+    if lacking := [name for name, _ in hooks if name not in model.hook_dict]:
+        raise ValueError(f"hooks: this model has no {lacking[0]!r}")
 
 
 @checked

@@ -23,7 +23,7 @@ from utils.engine.packs import check_edits
 from utils.heads import Head, all_heads, as_heads, check_heads
 from utils.ioi import IOIPrompts, NamePrompts
 from utils.metrics import Estimate, LogitDiff, estimate, token_batches
-from utils.typed import checked
+from utils.typed import checked, kind_of
 
 Circuit = Mapping[str, Sequence[tuple[int, int]]]
 Node = tuple[Head, str]
@@ -174,12 +174,14 @@ def abc_means(
     """Mean of `site` over the ABC prompts of each template (section 2.1); of z, rest = head d_head.
 
     Take a larger draw than the prompts that are evaluated, with another seed. A template without
-    prompts is nan. Raises as `record`, and ValueError for prompts without ABC ones.
+    prompts is nan. Raises as `record`, and ValueError for prompts without an ABC one each.
     """
     check_prompts(prompts, model)
-    if "abc" not in prompts.corrupted:
-        raise ValueError(f"prompts.corrupted lacks 'abc', it has {list(prompts.corrupted)}")
-    tokens = prompts.corrupted["abc"]
+    tokens = prompts.corrupted.get("abc")
+    if getattr(tokens, "shape", None) != prompts.tokens.shape:
+        have = {name: kind_of(x) for name, x in prompts.corrupted.items()}
+        want = f"'abc' prompts of shape {list(prompts.tokens.shape)}"
+        raise ValueError(f"prompts.corrupted must have {want}, it has {have}")
     template = prompts.template.to(tokens.device)
     in_template = torch.bincount(template)  # how many prompts
     total: Tensor | float = 0.0

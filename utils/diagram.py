@@ -2,7 +2,8 @@
 
 Boxes stand in rows by level, at most three in one. An arrow that skips a row gets a place of its
 own there, a box without width: so it never crosses a box, for each stretch of it lies between two
-rows or in its place. Boxes are as wide as their text needs on a phone, and stretch with the page.
+rows or in its place. Arrows are straight where there is room, else curves that leave and arrive
+upright. Boxes are as wide as their text needs on a phone, and stretch with the page.
 """
 
 import itertools
@@ -19,7 +20,9 @@ from utils.typed import checked
 LOGITS, INK = "logits", "#222222"
 RAISES, LOWERS = "#B2182B", "#2166AC"  # the ends of the diverging colour scale
 PAGE, BESIDE = 350, 3  # pixels across a phone, boxes in a row
-GAP, ROW_GAP, LINE, LETTER = 14, 76, 16, 7  # pixels: gaps of boxes, of rows; a line, a letter
+GAP, ROW_GAP, LINE, LETTER = 14, 80, 16, 7  # pixels: gaps of boxes, of rows; a line, a letter
+APART, OFF = 24, 2  # pixels: between arrows at a box, and from a box to the tip of an arrow
+CURVE = [i / 12 for i in range(13)]  # the points at which a curve is drawn
 
 Roles = Mapping[str, Sequence[object]]
 Path = list[tuple[float, float]]
@@ -199,13 +202,30 @@ def _crossings(chains: list[list[Box]]) -> int:
 
 
 def _ports(chains: list[list[Box]], at: int, towards: int) -> list[float]:
-    """x where each arrow touches its box `at` one end; the more left it goes, the more left."""
-    ports = []
-    for i, chain in enumerate(chains):
-        same = [j for j, other in enumerate(chains) if other[at] is chain[at]]
-        rank = sorted(same, key=lambda j: chains[j][towards].x).index(i) + 1
-        ports.append(chain[at].x + chain[at].width * (rank / (len(same) + 1) - 0.5))
+    """x where each arrow touches its box `at` one end; the more left it goes, the more left.
+
+    Where it can go straight, unless arrows would meet there: then they share the box evenly.
+    """
+    ports = [0.0] * len(chains)
+    for box in {id(chain[at]): chain[at] for chain in chains}.values():
+        same = [i for i, chain in enumerate(chains) if chain[at] is box]
+        same.sort(key=lambda i: chains[i][towards].x)
+        wanted = [_straight(box, chains[i][towards]) for i in same]
+        if any(right - left < APART for left, right in itertools.pairwise(wanted)):
+            shares = [rank / (len(same) + 1) - 0.5 for rank in range(1, len(same) + 1)]
+            wanted = [box.x + box.width * share for share in shares]
+        for i, x in zip(same, wanted, strict=True):
+            ports[i] = x
     return ports
+
+
+def _straight(box: Box, other: Box) -> float:
+    """x in a box nearest to an upright line through both, in the middle of what they share."""
+    rooms = [max(b.width - APART, 0) / 2 for b in (box, other)]
+    low = max(box.x - rooms[0], other.x - rooms[1])
+    high = min(box.x + rooms[0], other.x + rooms[1])
+    x = min(max((box.x + other.x) / 2, low), high) if low <= high else other.x
+    return min(max(x, box.x - rooms[0]), box.x + rooms[0])
 
 
 def _key(boxes: Mapping[str, Box], edges: Sequence[tuple]) -> list[str]:
@@ -229,16 +249,20 @@ def _draw_arrows(fig: go.Figure, edges: Sequence[tuple], chains: list[list[Box]]
     largest = max((abs(effect) for _, _, effect, *_ in edges), default=0) or 1
     ports = zip(_ports(chains, 0, 1), _ports(chains, -1, -2), strict=True)
     paths = []
-    for (first, *between, last), (x0, x1) in zip(chains, ports, strict=True):
+    widths = [1 + 5 * abs(effect) / largest for _, _, effect, *_ in edges]
+    heads = [10 + 3 * width for width in widths]
+    for (first, *between, last), (x0, x1), head in zip(chains, ports, heads, strict=True):
         path = [(place.x, y) for place in between for y in (place.low, place.high)]
-        paths.append([(x0, first.high), *path, (x1, last.low)])
+        paths.append([(x0, first.high), *path, (x1, last.low - OFF - 0.8 * head)])
     taken = []
     for i, ((sender, receiver, effect, *via), path) in enumerate(zip(edges, paths, strict=True)):
         colour = RAISES if effect > 0 else LOWERS
-        line = dict(width=1 + 5 * abs(effect) / largest, color=colour)
-        sizes = [0] * (len(path) - 1) + [10 + 3 * line["width"]]  # a head at the end
-        head = dict(symbol="arrow", angleref="previous", size=sizes, opacity=1, line_width=0)
-        x, y = zip(*path, strict=True)
+        line = dict(width=widths[i], color=colour, simplify=False)
+        curve = [p for a, b in _stretches(path) for p in _along(a, b, CURVE)]
+        tip = path[-1][0], path[-1][1] + 0.8 * heads[i]
+        x, y = zip(*curve, (None, None), tip, strict=True)  # a gap: the line ends within the head
+        sizes = [0] * (len(x) - 1) + [heads[i]]
+        head = dict(symbol="arrow", size=sizes, opacity=1, line_width=0)
         text = " ".join([*map(escaped, via), f"{effect:+.2f}"]).strip().replace("-", "−")
         words = f"{role_in_words(sender)} to {role_in_words(receiver)}: {text}"
         look = dict(line=line, marker=head, name=words, hoverinfo="skip")  # read out, not drawn
@@ -254,7 +278,7 @@ def _spot(path: Path, others: list[Path], taken: Path) -> tuple[float, float]:
 
     Only between two rows: where an arrow passes a row it runs between boxes.
     """
-    shares = (0.45, 0.58, 0.7, 0.33, 0.22)
+    shares = (0.5, 0.16, 0.88, 0.33, 0.67)
     spots = [spot for a, b in _stretches(path) for spot in _along(a, b, shares)]
     apart = [s for s in spots if all(abs(s[0] - x) > 50 or abs(s[1] - y) > 16 for x, y in taken)]
     steps = [i / 40 for i in range(41)]
@@ -268,4 +292,9 @@ def _stretches(path: Path) -> list[tuple]:
 
 
 def _along(a: tuple, b: tuple, shares: Sequence[float]) -> Path:
-    return [(a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])) for t in shares]
+    """Points of a stretch, which is upright at both ends."""
+    bent = [t * t * (3 - 2 * t) for t in shares]
+    return [
+        (a[0] + s * (b[0] - a[0]), a[1] + t * (b[1] - a[1]))
+        for s, t in zip(bent, shares, strict=True)
+    ]

@@ -17,8 +17,10 @@ TransformerLens hooks of them, for `model.run_with_hooks`; `sweep` measures many
 alone, in a fraction of the time.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 from weakref import ref
 
@@ -28,11 +30,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.checks import check_model, check_tokens, indices
+from utils.checks import check_hooks, check_model, check_tokens, indices
 from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.memory import check_cache
 from utils.engine.packs import check_edits, sweep_in_packs
-from utils.engine.readout import Readout, check_metric, read_hook
+from utils.engine.readout import check_metric, read_hook
 from utils.heads import HEAD_SITES, check_heads, n_site_heads
 from utils.typed import BadArgument, checked, kind_of
 
@@ -47,15 +49,16 @@ class Run(NamedTuple):
     Tokens and edits must explain the activations in full: `sweep` does not look at what they say
     is unchanged: a run under the same `Edit` objects as a sweep's `base` agrees with it up to the
     first token that differs. Means, mixtures and what was changed by hand have no tokens.
-    An axis of length one, as in a mean over prompts or positions, stands for all of them. `model`
+    An axis of prompts or positions of length one, as in a mean over them, stands for all. `model`
     (if known) refers to the model that ran, without keeping it alive, so that no other one is given
-    its activations.
+    its activations. Nor is a recorded run taken that was changed in place: `marks` tell.
     """
 
     activations: Mapping[str, Tensor]
     tokens: Int[Tensor, "prompt pos"] | None = None
     edits: Sequence["Edit"] = ()
     model: ref | None = None
+    marks: Sequence[tuple[int, int]] = ()
 
 
 class Edit(NamedTuple):
@@ -76,7 +79,12 @@ class Edit(NamedTuple):
         """The activation after the edit. (`rows`, `start`: the engine's part of the prompts.)"""
         new = self.source
         if isinstance(new, Run):
+            if self.name not in (new.activations or ()):
+                raise ValueError(f"source of the edit at {self.name} lacks it")
             new = self._part("source", new.activations[self.name], x, rows, start)
+        elif not isinstance(new, Real) or not math.isfinite(new):
+            wanted = f"source of the edit at {self.name} must be a Run or a finite number"
+            raise BadArgument(f"{wanted}; got {kind_of(new)}")
         return torch.where(self._part("where", self.where, x, rows, start), new, x)
 
     @property
@@ -99,10 +107,10 @@ class Edit(NamedTuple):
             values = values[rows] if len(values) > 1 else values
             if values.shape[axis] > 1:
                 values = values.movedim(axis, 0)[start:].movedim(0, axis)
-            fits = all(
-                got in (1, want)
-                for got, want in zip(values.shape, x.shape[-values.ndim :], strict=True)
-            )
+            # activations stand for all prompts or positions, not for all heads or their numbers
+            alike = range(values.ndim) if what == "where" else (0, axis)
+            sizes = zip(values.shape, x.shape[-values.ndim :], strict=True)
+            fits = all(g == want or (g == 1 and i in alike) for i, (g, want) in enumerate(sizes))
         if not fits:
             got = f"{what} of the edit at {self.name} is for {list(values.shape)}"
             raise ValueError(f"{got}, this run has {list(x.shape)}")
@@ -150,7 +158,9 @@ def record(
     with ctrl_c_waits(), model.hooks(fwd_hooks=[read_hook([-1]), *hooks(edits)]):
         cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=n_layers)[1]
     kept = {name: cache[name] for name in names}
-    return Run(kept, tokens if plain else None, edits, ref(model))
+    # a copy of the tokens: whoever gave them may go on to change them
+    of = tokens.clone() if plain else None
+    return Run(kept, of, tuple(edits), ref(model), _marks(kept) if plain else ())
 
 
 @checked
@@ -244,26 +254,29 @@ def sweep(
     no interventions, edits that do not fit the prompts, positions out of range, and a metric that
     does not give one value, and not nan, per prompt (or per prompt and position read).
     """
-    check_sweep(model, {"tokens": tokens}, metric if read is None else None)
+    read = None if read is None else indices("read", read, tokens.shape[1])
+    check_sweep(model, {"tokens": tokens}, metric, None if read is None else len(read))
     if not interventions:
         raise ValueError("interventions is empty, give at least one")
-    if read is not None:
-        read = indices("read", read, tokens.shape[1])
-        if isinstance(metric, Readout):
-            metric.check(len(tokens), model.cfg.d_vocab, len(read))
     _check_edits(model, tokens, [edit for edits in (base, *interventions) for edit in edits])
     return sweep_in_packs(model, tokens, metric, interventions, base, read, desc)
 
 
 @checked
 def check_sweep(
-    model: TransformerBridge, prompts: Mapping[str, Tensor], metric: Callable | None
+    model: TransformerBridge,
+    prompts: Mapping[str, Tensor],
+    metric: Callable,
+    n_read: int | None = None,
 ) -> None:
-    """Raise ValueError for prompts (by name) or a metric of the last position that do not fit."""
+    """Raise ValueError for prompts (by name) or a metric that do not fit.
+
+    The metric is of the last position, or of as many as are read, prompt by prompt.
+    """
     for name, tokens in prompts.items():
         check_tokens(model, tokens, name, folded=True)
-    if metric is not None:
-        check_metric(metric, len(tokens), model.cfg.d_vocab, model.cfg.device)
+    check_hooks(model, getattr(metric, "hooks", ()))
+    check_metric(metric, len(tokens), model.cfg.d_vocab, model.cfg.device, n_read)
 
 
 @checked
@@ -284,8 +297,8 @@ def _edit(
     model: TransformerBridge | None = None,
 ) -> Edit:
     name = hook_name(layer, site)
-    if isinstance(source, Run) and name not in source.activations:
-        raise ValueError(f"source lacks {name}, it has {list(source.activations)[:3]} ...")
+    if isinstance(source, Run) and name not in (has := list(source.activations or ())):
+        raise ValueError(f"source lacks {name}, it has {has[:3]} ...")
     if model is not None:
         _check_source(source, model)
     return Edit(name, where.cpu(), source)
@@ -300,6 +313,16 @@ def _check_edits(
 
 
 def _check_source(source: Run | float, model: TransformerBridge) -> None:
-    of = source.model if isinstance(source, Run) else None
-    if of is not None and of() is not model:
+    if not isinstance(source, Run):
+        return
+    if source.model is not None and source.model() is not model:
         raise ValueError("source is a run of another model than the one that it is to go into")
+    if source.tokens is not None and source.marks not in ((), _marks(source.activations)):
+        raise ValueError(
+            "source was changed after it was recorded: give Run(activations) of what was changed"
+        )
+
+
+def _marks(activations: Mapping[str, Tensor]) -> tuple[tuple[int, int], ...]:
+    """Each tensor's identity and how often it was changed in place (inference mode: unknown)."""
+    return tuple((id(x), x.is_inference() or x._version) for x in activations.values())

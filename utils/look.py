@@ -13,7 +13,7 @@ import plotly.io as pio
 
 # After Okabe and Ito, who keep colours apart for colour-blind readers; darker where theirs have
 # less than 3:1 on white. Lines also differ by dash, bars by hatching.
-COLOURS = ["#0072B2", "#D55E00", "#008A64", "#B8508C", "#A86B00", "#3A87BF", "#6B5900", "#404040"]
+COLOURS = ["#0072B2", "#D55E00", "#008A64", "#B8508C", "#A06600", "#2A78AF", "#6B5900", "#404040"]
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 HATCHES = ["", "/", ".", "x"]
 MARK = dict(color="#444", dash="dash", width=1)
@@ -62,8 +62,11 @@ FEW = 16  # measured points up to this number are marked
 def titled(fig: go.Figure, title: str, note: str, headings: int = 12, *, height: int) -> go.Figure:
     """Title and the line under it, with the room that they take; y titles wrapped to their axis.
 
-    `headings` is the room in pixels of what stands between them and the plot.
+    `headings` is the room in pixels of what stands between them and the plot. Raises TypeError for
+    a title that is no text.
     """
+    if not isinstance(title, str):
+        raise TypeError(f"title must be text; got {title!r}")
     plot = height - 142  # without the margins of the template
     for axis in fig.select_yaxes():
         low, high = axis.domain or (0, 1)
@@ -177,29 +180,33 @@ SIDES = {  # where a label may stand: steps to its middle, in widths and heights
 def beside(x: np.ndarray, y: np.ndarray, labels: dict[int, str]) -> tuple[list[str], list[str]]:
     """The text and its side for each point: no label meets another, on a wide page or on a phone.
 
-    `labels` (by point) are placed in turn; what finds no free side is left to hovering.
+    `labels` (by point) are placed in turn, off other points where they can; what finds no free side
+    is left to hovering. Axes reach to zero.
     """
     shown, sides = [""] * len(x), ["top center"] * len(x)
     taken = []  # (middle on a wide page, middle on a phone, width)
+    ends = [(min(values.min(), 0), max(values.max(), 0)) for values in (x, y)]
+    shares = [(v - low) / (high - low or 1) for v, (low, high) in zip((x, y), ends, strict=True)]
     for i, label in labels.items():
-        width = 8 * len(label) + 6
+        width, free = 8 * len(label) + 6, {}
         for side, (right, up) in SIDES.items():
-            middles = []
-            for page in ((700, 260), (200, 260)):
-                at = [
-                    (values[i] - values.min()) / (np.ptp(values) or 1) * size
-                    for values, size in zip((x, y), page, strict=True)
-                ]
-                middles.append((at[0] + right * width, at[1] + up * 15))
-            apart = all(
+            middles = [
+                (shares[0][i] * page + right * width, shares[1][i] * 260 + up * 15)
+                for page in (700, 200)
+            ]
+            if all(
                 abs(a[0] - b[0]) > (width + wide) / 2 or abs(a[1] - b[1]) >= 15
                 for *others, wide in taken
                 for a, b in zip(middles, others, strict=True)
-            )
-            if apart:
-                shown[i], sides[i] = label, side
-                taken.append((*middles, width))
-                break
+            ):
+                across, down = middles[0]
+                near = abs(shares[0] * 700 - across) < width / 2 + 4
+                covered = near & (abs(shares[1] * 260 - down) < 10)
+                free[side] = middles, covered.sum()
+        if free:
+            sides[i] = min(free, key=lambda side: free[side][1])
+            shown[i] = label
+            taken.append((*free[sides[i]][0], width))
     return shown, sides
 
 

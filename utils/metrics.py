@@ -10,7 +10,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
 
-from utils.checks import check_tokens
+from utils.checks import check_hooks, check_tokens
+from utils.engine.memory import check_cache
 from utils.engine.readout import Hooks, read_hook
 from utils.engine.readout import LogitDiff as LogitDiff  # defined where the engine can use them
 from utils.engine.readout import TokenLoss as TokenLoss
@@ -109,12 +110,13 @@ def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
     An intervention also changes the length of the final residual stream, and so what every other
     component writes to the logits. With its scale held, only the intervention's own path counts.
     TransformerLens's warning about it is turned off, for the whole process. Raises as
-    `check_tokens`.
+    `check_tokens`, and MemoryError if the scales take over 80 % of the free memory.
     """
     check_tokens(model, tokens)
     name = "ln_final.hook_scale"
-    _, cache = model.run_with_cache(tokens, names_filter=[name])
-    scale = cache[name]  # [prompt pos 1]
+    check_cache(model, tokens, [name])
+    with model.hooks(fwd_hooks=last_position_hooks()):  # the logits are not wanted
+        scale = model.run_with_cache(tokens, names_filter=[name])[1][name]  # [prompt pos 1]
     warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")  # it is meant
 
     def hold(live: Float[Tensor, "copy*prompt pos 1"], hook) -> Float[Tensor, "copy*prompt pos 1"]:
@@ -132,8 +134,9 @@ def per_token_loss(
     """Loss in nats of predicting each token but the first; column i is about token i + 1.
 
     Runs in batches that fit in memory, so the hooks must treat all prompts alike. Raises as
-    `check_tokens`.
+    `check_tokens`, and ValueError for a hook at no place of the model.
     """
+    check_hooks(model, hooks)
     losses = []
     for batch in token_batches(model, tokens):
         logits = model.run_with_hooks(batch, fwd_hooks=list(hooks))

@@ -102,7 +102,7 @@ def heatmap(
     fig.update_yaxes(showgrid=False, **_ticks(y, n_rows, 40))
     fig.update_yaxes(ticks="", selector=dict(showticklabels=False))
     colour = f"red above 0, blue below, full at ±{high:.2g}" if diverging else "darker is more"
-    note = "; ".join(filter(None, [f"{value_label}: {colour}", note]))
+    note = "; ".join(map(str, filter(None, [f"{value_label}: {colour}", note])))
     headings = 34 if n_maps > 1 else 12
     if y is None and n_rows > MANY_ROWS:  # layers: low rows, of which every fifth has a number
         fig.update_yaxes(dtick=5, nticks=None)
@@ -173,7 +173,10 @@ def panels(
     x_label = escaped(x_label)
     names = list(dict.fromkeys(name for series in drawn.values() for name in series))
     looks = line_looks(names)
-    fig = make_subplots(rows=len(drawn), shared_xaxes=True, vertical_spacing=0.13)
+    first = next(iter(drawn.values()))
+    alike = all(list(series) == list(first) for series in drawn.values())  # one legend is enough
+    gap = 0.06 if alike and len(drawn) > 2 else 0.13
+    fig = make_subplots(rows=len(drawn), shared_xaxes=True, vertical_spacing=gap)
     for row, (label, series) in enumerate(drawn.items(), start=1):
         if len(drawn) > 1:  # each legend above its own panel
             top = fig.get_subplot(row, 1).yaxis.domain[1]
@@ -182,6 +185,8 @@ def panels(
         fig.update_layout(showlegend=len(names) > 1)
         fig.update_yaxes(title=label, row=row)
         _draw_series(fig, row, x, series, looks, f"{x_label}: %{{x}}<br>{label}: %{{y:.3f}}")
+        if row > 1 and alike:
+            fig.update_traces(showlegend=False, row=row, col=1)
     notes = ["shaded: ± one standard error"] if any(trace.fill for trace in fig.data) else []
     fig.update_xaxes(title=x_label, row=len(drawn))
     if log_x:
@@ -193,6 +198,8 @@ def panels(
         fig.update_xaxes(tickvals=x.tolist(), ticktext=[f"{value:g}" for value in x])
     if log_y:
         fig.update_yaxes(type="log", dtick=math.log10(2), tickformat=".3~r")  # at doublings
+    _check_pair("window", window, Real)
+    _check_pair("marker", marker, str)
     if window is not None:
         fig.add_vrect(*window, fillcolor="#888", opacity=0.15, line_width=0, row="all", col=1)
     if marker is not None:
@@ -287,6 +294,7 @@ def bars(
         look = dict(error_y=errors, marker_pattern=hatch, hovertemplate=hover)
         fig.add_bar(x=names, y=y, name=name, **look)
         note = note if stderr is None else "error bars: ± one standard error"
+    _check_pair("baseline", baseline, str)
     if baseline is not None:
         fig.add_hline(
             baseline[0], line=MARK, annotation=dict(text=escaped(baseline[1]), xanchor="right")
@@ -316,6 +324,8 @@ def scatter(
     if x.shape != y.shape:
         raise ValueError(f"y: got shape {list(y.shape)}, want that of x, {list(x.shape)}")
     _check_length("names", names, x.size, "points")
+    if not isinstance(label_top, int) or label_top < 0:
+        raise BadArgument(f"label_top must be a count; got {kind_of(label_top)}")
     if names is None and x.ndim == 2:
         names = [f"L{layer}H{head}" for layer, head in np.ndindex(x.shape)]
     names = [""] * x.size if names is None else list(map(escaped, names))
@@ -330,6 +340,8 @@ def scatter(
     hover = f"%{{hovertext}}<br>{x_label}: %{{x:.3f}}<br>{y_label}: %{{y:.3f}}<extra></extra>"
     dots = dict(size=8, opacity=0.7, line=dict(width=0.5, color="white"))
     fig.update_traces(hovertemplate=hover, cliponaxis=False, marker=dots)
+    for axes in (fig.update_xaxes, fig.update_yaxes):  # on which side of zero a point lies is told
+        axes(rangemode="tozero", zeroline=True, zerolinecolor="#888")
     if at := [i for i, text in enumerate(shown) if text]:  # a trace of their own, or each point
         sides, shown = ([texts[i] for i in at] for texts in (sides, shown))  # would have a text
         # unseen dots hold the texts as far off as the dots that are seen
@@ -406,6 +418,14 @@ def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:
 def _check_named(name: str, values: object) -> None:
     if not isinstance(values, Mapping):
         raise BadArgument(f"{name} must be a dict, name to values; got {kind_of(values)}")
+
+
+def _check_pair(name: str, pair: object, second: type) -> None:
+    kinds = list(map(type, pair)) if isinstance(pair, Sequence) else []
+    fits = len(kinds) == 2 and issubclass(kinds[0], Real) and issubclass(kinds[1], second)
+    if pair is not None and not (fits and math.isfinite(pair[0])):
+        wanted = f"a finite number and a {'text' if second is str else 'number'}"
+        raise BadArgument(f"{name} must be {wanted}; got {kind_of(pair)}")
 
 
 def _check_list(name: str, items: object) -> None:

@@ -113,9 +113,9 @@ def long_texts(
 
     By turns, from what every Python carries: a topic of the reference manual (what `help()` shows,
     `pydoc_data.topics`) and the docstrings of a module of the standard library; paragraphs of
-    prose only. `seed` decides which, and in which order. Both differ a little between Python
-    versions, and figures measured on them do too. Raises ValueError when the model has no
-    tokenizer, the context is too short, or there are too few texts.
+    prose only, none in two texts (topics include each other). `seed` decides which, and in which
+    order. Both differ a little between Python versions, and figures measured on them do too. Raises
+    ValueError when the model has no tokenizer, the context is too short, or texts are too few.
     """
     check_count("n_texts", n_texts)
     check_count("n_tokens", n_tokens, least=2)
@@ -123,11 +123,15 @@ def long_texts(
     if model.tokenizer is None:
         raise ValueError("long_texts needs a model with a tokenizer, got one without")
 
+    used: set[str] = set()
+
     def stretches(texts: Mapping[str, Callable[[], str]]) -> Iterator[list[int]]:
         for name in sorted(texts, key=lambda name: zlib.crc32(f"{seed} {name}".encode())):
-            prose = _prose(texts[name]())
+            fresh = [paragraph for paragraph in _prose(texts[name]()) if paragraph not in used]
+            prose = "\n\n".join(fresh)
             ids = model.tokenizer(prose, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= n_tokens - 1:
+                used.update(fresh)
                 yield ids[: n_tokens - 1]
 
     by_turns = zip_longest(*map(stretches, (_manual_topics(), _module_docs())))
@@ -213,10 +217,10 @@ def _docstrings(path: Path) -> str:
     return "\n\n".join(ast.get_docstring(n) or "" for n in nodes if isinstance(n, kinds))
 
 
-def _prose(text: str) -> str:
+def _prose(text: str) -> list[str]:
     """Its paragraphs of prose, each once."""
     paragraphs = [" ".join(block.split()) for block in text.split("\n\n")]
-    return "\n\n".join(filter(_is_prose, dict.fromkeys(paragraphs)))
+    return list(filter(_is_prose, dict.fromkeys(paragraphs)))
 
 
 def _is_prose(paragraph: str) -> bool:

@@ -29,6 +29,8 @@ from utils.circuit import (
     outside,
 )
 from utils.edits import Run, hook_name, hooks
+from utils.engine.memory import check_cache
+from utils.engine.packs import check_gradient
 from utils.heads import Head
 from utils.ioi import IOIPrompts
 from utils.metrics import last_position_hooks, logit_diff
@@ -44,10 +46,12 @@ def node_attribution(
     """What every head at every position adds to the logit difference of each prompt.
 
     `means` as for `circuit.run_circuit` (`circuit.means_run`). More steps bring the sum closer to
-    F(M) - F(empty). Raises ValueError for fewer than one step, and means that do not fit.
+    F(M) - F(empty). Raises ValueError for fewer than one step, and means that do not fit;
+    MemoryError if what the gradient keeps takes over 80 % of the free memory.
     """
     check_count("n_steps", n_steps)
     check_means(model, prompts, means)
+    check_gradient(model, prompts.tokens[:BATCH])
     parts = []
     for first in tqdm(range(0, len(prompts.tokens), BATCH), desc="node attribution", leave=False):
         rows = slice(first, first + BATCH)
@@ -96,16 +100,19 @@ def each_added(
 
     A node of layer 5 computes its z from layers 0 to 4, which are those of the circuit whether it
     is in or not. So one run of the circuit, read before the means are put in, has what every
-    candidate would write; each is then a patch. Raises as `logit_diffs`.
+    candidate would write; each is then a patch. Raises as `logit_diffs`, and ValueError for no
+    candidates; MemoryError if what they would write takes over 80 % of the free memory.
     """
     base = outside(model, prompts, means, kept)
     check_means(model, prompts, means)
+    _check_candidates(model, prompts, candidates)
     unablated: dict[str, Tensor] = {}
 
     def keep(z: Tensor, hook) -> None:
         unablated[hook.name] = z
 
     names = [hook_name(layer, "z") for layer in range(model.cfg.n_layers)]
+    check_cache(model, prompts.tokens, names)
     first = [(name, keep) for name in names]  # each called before the edit at the same place
     model.run_with_hooks(prompts.tokens, fwd_hooks=[*first, *hooks(base), *last_position_hooks()])
     live = Run(unablated)
@@ -122,8 +129,12 @@ def each_removed(
     candidates: Sequence[Node],
     removed: Set[Node] = frozenset(),
 ) -> Float[Tensor, "candidate prompt"]:
-    """F(C - K - v) for each candidate v, with K `removed`; of the whole model if `kept` is None."""
+    """F(C - K - v) for each candidate v, with K `removed`; of the whole model if `kept` is None.
+
+    Raises as `logit_diffs`, and ValueError for no candidates.
+    """
     node_mask(model, prompts, removed)  # raises for nodes that are none
+    _check_candidates(model, prompts, candidates)
     if kept is None:
         base = knock_out(model, prompts, means, removed)
     else:
@@ -163,10 +174,13 @@ def forward_search(
 ) -> list[Step]:
     """From `start` up: nodes in the order of adding, each the one that brings F(C) nearest to F(M).
 
-    Nodes that do nothing but together are not found in this way: start with some of them.
+    Nodes that do nothing but together are not found in this way: start with some of them. Raises
+    as `each_added`, and ValueError for fewer than one step.
     """
     check_count("n_steps", n_steps)
     check_means(model, prompts, means)
+    _check_candidates(model, prompts, candidates)
+    node_mask(model, prompts, start)  # raises for nodes that are none
     f_model = logit_diffs(model, prompts, [[]])[0]
     kept, added = set(start), []
     while len(added) < n_steps and (left := [node for node in candidates if node not in kept]):
@@ -190,6 +204,7 @@ def backward_search(
     """
     check_count("n_left", n_left, least=0)
     check_means(model, prompts, means)
+    _check_candidates(model, prompts, candidates)
     f_model = logit_diffs(model, prompts, [[]])[0]
     kept, removed = set(candidates), []
     while len(kept) > n_left:
@@ -219,6 +234,14 @@ def worst_set(
         gap = (in_circuit.mean(1) - in_model.mean(1)).abs()
         removed.append(Step(left[int(gap.argmax())], gap.max().item()))
     return removed
+
+
+def _check_candidates(
+    model: TransformerBridge, prompts: IOIPrompts, candidates: Sequence[Node]
+) -> None:
+    if not candidates:
+        raise ValueError("candidates is empty, give at least one node")
+    node_mask(model, prompts, set(candidates))  # raises for nodes that are none
 
 
 def _slopes(

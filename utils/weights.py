@@ -20,6 +20,7 @@ from utils.checks import (
     generator_of,
     start_token,
 )
+from utils.engine.memory import check_cache
 from utils.heads import all_heads, cache_heads, check_heads
 from utils.metrics import token_batches
 from utils.prompts import ordinary_tokens
@@ -172,13 +173,14 @@ def name_copying_score(
     turns the head's output round, for heads that write against the names they attend to. In a
     deep model heads read streams that differ much from the first block's: see
     `name_copying_in_place`. Raises ValueError for names that are no token ids, heads the model
-    lacks and another sign.
+    lacks and another sign; MemoryError if what they write takes over 80 % of the free memory.
     """
     heads = check_heads(model, heads)
     tokens = torch.nn.functional.pad(names[:, None], (1, 0), value=start_token(model))
     check_tokens(model, tokens, "names", folded=True)
     tokens = tokens.to(model.cfg.device)
     stream = "blocks.0.hook_resid_post"
+    check_cache(model, tokens, [stream] * len(heads))  # a stream for each: it reads and writes one
     cache = model.run_with_cache(tokens, names_filter=[stream], stop_at_layer=1)[1]
     read = torch.stack([model.blocks[h.layer].ln1(cache[stream][:, 1:]) for h in heads])
     w_v, w_o = ov_weights(model, heads)

@@ -2,6 +2,7 @@
 // on a phone, colours for a dark page, and a slider that fingers and keys can move.
 const NARROW = matchMedia("(max-width: 599px)");
 const LINE = { title: 22, subtitle: 18 }; // pixels of a line, as utils/look.py has them
+const BESIDE = 0.47; // width of one of two panels side by side, as a share of the plot
 const LETTER = { title: 8.8, subtitle: 6.3, axis: 8.5 }; // mean width in pixels
 const pen = document.createElement("canvas").getContext("2d");
 
@@ -128,7 +129,7 @@ function lines(text) {
 
 // Panels
 
-// Two or three panels in a row go below each other; more of them, small maps, become square.
+// Two or three panels in a row go below each other; of more, small maps, two stay side by side.
 function stackPanels({ data, layout }, width) {
   const panels = Object.keys(layout)
     .filter((name) => /^xaxis\d*$/.test(name))
@@ -141,12 +142,15 @@ function stackPanels({ data, layout }, width) {
   if (!rows.some((row) => row.length > 1)) return;
   rows.sort(([a], [b]) => b.up[1] - a.up[1]);
   const plot = plotHeight(layout);
-  const slots = rows.flatMap((row) => (row.length > 3 ? [row] : row.map((panel) => [panel])));
+  const slots = rows.flatMap((row) => {
+    const beside = row.length > 3 ? 2 : 1;
+    return row.flatMap((_, i) => (i % beside ? [] : [row.slice(i, i + beside)]));
+  });
   let top = 0;
   for (const slot of slots) {
-    const [{ x, across, up }] = slot;
+    const [{ x, up }] = slot;
     slot.height = slot.length > 1
-      ? (width - 100) * (across[1] - across[0])
+      ? (width - 100) * BESIDE // square
       : Math.min(plot * (up[1] - up[0]), width);
     slot.top = top;
     top += slot.height + (x.showticklabels === false ? 34 : 100);
@@ -170,7 +174,7 @@ function stackPanels({ data, layout }, width) {
 
 function placePanel({ x, y, across, up }, slot, total, layout) {
   const middle = (across[0] + across[1]) / 2;
-  if (slot.length === 1) x.domain = [0, 1];
+  x.domain = slot.length === 1 ? [0, 1] : slot[0].x === x ? [0, BESIDE] : [1 - BESIDE, 1];
   y.domain = [1 - (slot.top + slot.height) / total, 1 - slot.top / total];
   y.domain[0] = Math.max(y.domain[0], 0);
   for (const heading of layout.annotations ?? []) {
@@ -185,7 +189,17 @@ function placePanel({ x, y, across, up }, slot, total, layout) {
 
 // Colours
 
-// A figure for a dark page: each colour keeps its hue and has the opposite lightness.
+// A figure for a dark page: each colour keeps its hue and has the opposite lightness. Reds do not, or
+// a scale would run from brown to pink: by their lightness they become what stands beside it here.
+const REDS = [
+  [51, [255, 124, 122]],
+  [101, [236, 70, 74]],
+  [145, [186, 48, 54]],
+  [187, [128, 38, 42]],
+  [226, [84, 36, 38]],
+  [247, [44, 44, 44]],
+];
+
 function turned(value, key = "") {
   if (Array.isArray(value)) return value.map((item) => turned(item, key));
   if (value && typeof value === "object") {
@@ -200,15 +214,26 @@ function turned(value, key = "") {
     .replace(/color: ?(#\w+)/g, (_, colour) => `color:${turnedColour(colour)}`);
 }
 
-function turnedColour(colour, power = 1) {
+function turnedColour(colour, power = 0.85) {
   if (!CSS.supports("color", colour)) return colour; // the name of an axis or of a scale
   pen.fillStyle = colour; // which then reads #rrggbb or rgba(r, g, b, a)
   const [red, green, blue, alpha = 1] = pen.fillStyle.startsWith("#")
     ? pen.fillStyle.match(/\w\w/g).map((part) => parseInt(part, 16))
     : pen.fillStyle.match(/[\d.]+/g).map(Number);
-  const lightness = (Math.max(red, green, blue) + Math.min(red, green, blue)) / 2;
+  const [low, high] = [Math.min(red, green, blue), Math.max(red, green, blue)];
+  const lightness = (high + low) / 2;
+  if (red === high && high - low > 20 && Math.abs(green - blue) < 0.42 * (high - low)) {
+    return `rgba(${reddened(lightness).join(", ")}, ${alpha})`;
+  }
   const shift = 255 * (1 - lightness / 255) ** power - lightness;
   // black becomes white, and white the colour of the page
   const parts = [red, green, blue].map((part) => Math.round(20 + 0.92 * (part + shift)));
   return `rgba(${parts.join(", ")}, ${alpha})`;
+}
+
+function reddened(lightness) {
+  const above = Math.max(1, REDS.findIndex(([light]) => light >= lightness));
+  const [[from, first], [to, last]] = REDS.slice(above - 1, above + 1);
+  const share = Math.min(Math.max((lightness - from) / (to - from), 0), 1);
+  return first.map((part, i) => Math.round(part + share * (last[i] - part)));
 }

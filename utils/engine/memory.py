@@ -58,6 +58,8 @@ def activation_shape(
     site = name.rpartition("hook_")[2]
     if site == "pattern":
         return n_prompts, cfg.n_heads, n_positions, n_positions
+    if site == "scale":
+        return n_prompts, n_positions, 1
     if site in ("z", "q", "k", "v"):
         grouped = getattr(cfg, "n_key_value_heads", None) if site in "kv" else None
         return n_prompts, n_positions, grouped or cfg.n_heads, cfg.d_head

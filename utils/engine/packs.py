@@ -104,7 +104,8 @@ def check_edits(
             raise ValueError(f"edits: this model has no {edit.name}")
         # a tensor without data: an edit that does not fit its shape raises
         edit(torch.empty(activation_shape(model, tokens, edit.name), device="meta"))
-        if edit.same_prompts and not torch.equal(edit.source.tokens, tokens):
+        known = getattr(edit.source, "tokens", None)
+        if edit.same_prompts and not (known is not None and torch.equal(known, tokens)):
             raise ValueError(f"edits: the source at {edit.name} was recorded on other prompts")
         values = getattr(edit.source, "activations", {}).get(edit.name)
         if values is not None and id(values) not in seen and not values.isfinite().all():
@@ -214,6 +215,12 @@ def bytes_of_row(model: TransformerBridge, n_positions: int, start: int = 0) -> 
     width = 4 * (cfg.d_mlp or 0) + 12 * cfg.d_model + 3 * cfg.n_heads * n_positions
     numbers = (n_positions - start) * width + 4 * n_positions * cfg.d_model
     return numbers * next(model.parameters()).element_size()
+
+
+def check_gradient(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> None:
+    """Raise MemoryError if what a gradient keeps of a run, that of every block, would not fit."""
+    n_bytes = len(tokens) * model.cfg.n_layers * bytes_of_row(model, tokens.shape[1])
+    check_fits("The gradient", n_bytes, len(tokens), tokens.device)
 
 
 @cache

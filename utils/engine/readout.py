@@ -31,7 +31,7 @@ class Readout(ABC):
     hooks: Hooks = ()
 
     @abstractmethod
-    def check(self, n_prompts: int, d_vocab: int) -> None:
+    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
         """Raise ValueError unless it can measure so many prompts over this vocabulary."""
 
     @abstractmethod
@@ -155,28 +155,42 @@ def check_values(values: Tensor, shape: tuple[int, int], last_alone: bool) -> No
         raise ValueError(f"metric gives nan for {int(values.isnan().sum())} of {list(got)} values")
 
 
-def check_metric(metric: Metric, n_prompts: int, d_vocab: int, device: torch.device) -> None:
+def check_metric(
+    metric: Metric, n_prompts: int, d_vocab: int, device: torch.device, n_read: int | None = None
+) -> None:
     """Try a metric before anything runs; ValueError unless it reads the last position, per prompt.
 
-    A metric gets that position alone. One that reads others too, or averages over them, would be
-    silently taken at its word: it is told by a position in front that holds nan.
+    A metric gets that position alone (or the `n_read` that a sweep reads). One that reads others
+    too, or averages over them, would be silently taken at its word, as one would whose value for a
+    prompt depends on the other prompts: both are told by what odd logits there change.
     """
     if isinstance(metric, Readout):
-        return metric.check(n_prompts, d_vocab)
-    last = torch.zeros(n_prompts, 1, d_vocab, device=device)
+        return metric.check(n_prompts, d_vocab, n_read or 1)
+    last = torch.zeros(n_prompts, n_read or 1, d_vocab, device=device)
     try:
-        alone = values_of(metric, last)
+        alone = values_of(metric, last, n_read is None)
     except (LookupError, RuntimeError, AttributeError, TypeError) as error:
         if isinstance(error, ValueError):  # ours: it says what is wrong
             raise
         raise ValueError(f"metric fails on logits {list(last.shape)}: {error}") from error
-    for front in (torch.full_like(last, math.nan), 1e3 + torch.arange(d_vocab).to(last)):
-        try:
-            values = metric(torch.cat([front.expand_as(last), last], dim=1))
-        except Exception:  # one that wants a single position cannot read another
-            return
-        if not torch.allclose(values, alone, atol=1e-4):
-            raise ValueError("metric reads other positions than the last: take logits[:, -1]")
+    # what is wrong if odd logits, put there, change the values of those prompts
+    mixes = "metric mixes prompts: the value of each must come from its own logits alone"
+    tries = [
+        (mixes, lambda odd: torch.cat([odd[:1], last[1:]]), slice(1, None)),
+        (mixes, lambda odd: torch.cat([last[:1], odd[1:]]), slice(0, 1)),
+    ]
+    if n_read is None:
+        other = "metric reads other positions than the last: take logits[:, -1]"
+        tries.insert(0, (other, lambda odd: torch.cat([odd, last], dim=1), slice(None)))
+    for odd in (torch.full_like(last, math.nan), last + 1e3 + torch.arange(d_vocab).to(last)):
+        for wrong, logits, rows in tries:
+            try:
+                values = metric(logits(odd))
+            except Exception:  # one that wants a single position, or no nan, is not told by these
+                continue
+            fits = values.shape == alone.shape
+            if not (fits and torch.allclose(values[rows], alone[rows], atol=1e-4)):
+                raise ValueError(wrong)
 
 
 def read_hook(read: Sequence[int]) -> tuple[str, Callable]:

@@ -193,7 +193,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def layer_of(hook_name: str) -> int:
     """The block that a hook point lies in; ValueError if it lies in none."""
-    match = re.match(r"blocks\.(\d+)\.", hook_name)
+    match = re.match(r"blocks\.(\d+)\.", str(hook_name))
     if match is None:
         raise ValueError(f"edits: want names like 'blocks.3.attn.hook_z', got {hook_name!r}")
     return int(match.group(1))

@@ -25,6 +25,7 @@ from utils.ledger.results import FAILS, HOLDS, UNDECIDED, merge_seeds, plain, re
 from utils.ledger.rules import Verdict, every
 from utils.ledger.table import LedgerTable, Rule
 from utils.session import ROOT
+from utils.typed import checked
 
 VERDICTS = {True: HOLDS, False: FAILS, None: UNDECIDED}  # what a rule gives -> what the file says
 AS_RULED = {words: verdict for verdict, words in VERDICTS.items()}
@@ -46,11 +47,13 @@ class Claim(NamedTuple):
     needs: tuple[str, ...] = ()  # claims without which this one does not hold
     only_for: str | None = None  # the one model that the claim is about
     n_of: str | None = None  # what n counts, where that is not prompts of the ledger's model
+    quantity: str | None = None  # what the reported figure is, in few words: its label
 
 
 class Ledger:
     """Claims and heads of one run of one notebook on one model, kept in a JSON file."""
 
+    @checked
     def __init__(self, project: str, claims: Mapping[str, Claim], model_label: str, weights: str):
         for name, value in (("project", project), ("model_label", model_label)):
             if not re.fullmatch(r"[\w][\w.-]*", value):
@@ -75,7 +78,7 @@ class Ledger:
         recorded, or for an error below zero or infinite; TypeError for figures that are not the
         rule's, and a rule that gives anything but True, False or None.
         """
-        if claim_id not in self.claims:
+        if not isinstance(claim_id, str) or claim_id not in self.claims:
             raise ValueError(f"claim_id: got {claim_id!r}, want one of {', '.join(self.claims)}")
         claim = self.claims[claim_id]
         entries = {entry["id"]: entry for entry in self.data["claims"]}
@@ -107,6 +110,7 @@ class Ledger:
             "id": claim_id,
             "statement": claim.statement,
             "source": claim.source,
+            "quantity": claim.quantity,
             "published": claim.published,
             "published_model": claim.published_model,
             "measured": plain(value),
@@ -128,6 +132,7 @@ class Ledger:
         self.data["claims"] = [entries[i] for i in self.claims if i in entries]
         write_json(self.path, self.data)
 
+    @checked
     def record_heads(self, role: str, heads: Iterable[object]) -> None:
         """Record the heads of a role, such as "previous_token", as labels like "L5H5"."""
         if not re.fullmatch(r"[a-z]+(_[a-z]+)*", role):
@@ -139,11 +144,16 @@ class Ledger:
         self.data["heads"][role] = labels
         write_json(self.path, self.data)
 
-    def table(self, seeds: str | Path | None = None) -> LedgerTable:
-        """The claims for display; with the file of other seeds, toy claims show their spread."""
+    @checked
+    def table(self, seeds: str | Path | None = None, own_seed: int = 0) -> LedgerTable:
+        """The claims for display; with the file of other seeds, toy claims show their spread.
+
+        What the file has of `own_seed`, the seed of this run, does not count a second time.
+        """
         data = self.data
         if seeds is not None and Path(seeds).exists():
-            data = merge_seeds(data, list(read_json(seeds).values()))
+            others = {seed: run for seed, run in read_json(seeds).items() if seed != str(own_seed)}
+            data = merge_seeds(data, list(others.values())) if others else data
         shown = [self.claims[entry["id"]] for entry in data["claims"]]
         needed = [[self.claims[other].statement for other in claim.needs] for claim in shown]
         rules = [
@@ -176,4 +186,4 @@ def _check_figure(claim_id: str, figure: object) -> None:
 def _known(figure: object) -> bool:
     """False for None and NaN (which differs from itself), or an estimate with such a mean."""
     figure = figure[0] if isinstance(figure, tuple) else figure
-    return figure is not None and bool(figure == figure)
+    return figure is not None and not (isinstance(figure, Real) and figure != figure)

@@ -53,6 +53,11 @@ def cells(claim: dict) -> tuple[str, str, str]:
     return f"{SIGNS[claim['verdict']]} {verdict(claim)}", published, _figure(claim)
 
 
+def quantity(claim: dict) -> str:
+    """What our figure is, in few words; nothing in a ledger of before it was written down."""
+    return (claim.get("quantity") or "").replace("-1", "−1")
+
+
 def _figure(claim: dict) -> str:
     measured, stderr, n = claim["measured"], claim["stderr"], claim["n"]
     if measured is None:

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, seeds, why
+from utils.ledger.results import (
+    FAILS,
+    HOLDS,
+    SIGNS,
+    UNDECIDED,
+    cells,
+    counts,
+    quantity,
+    seeds,
+    why,
+)
 
 # White on these, and these on white, have a contrast of at least 4.5; the sign says the same.
 COLOURS = {HOLDS: "#1a7f37", FAILS: "#b3261e", UNDECIDED: "#7a5c00"}
@@ -40,7 +50,8 @@ class LedgerTable:
         for claim in self.claims:
             verdict, published, figure = cells(claim)
             figures = f"ours {' '.join(filter(None, (figure, why(claim))))}; published {published}"
-            lines.append(f"{verdict}: {claim['statement']}: {figures}")
+            label = f" ({quantity(claim)})" if quantity(claim) else ""
+            lines.append(f"{verdict}: {claim['statement']}{label}: {figures}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -73,6 +84,7 @@ def _row(anchor: str, claim: dict, rule: Rule) -> str:
         f'<div style="{BESIDE}"><div>{escape(claim["statement"])}'
         f"<details><summary>rule and source</summary>{escape(rule.words)} "
         f"<i>{escape(rule.source)}</i></details></div>"
-        f'<div><div style="white-space:nowrap">ours: <b>{figure}</b></div>'
+        f"<div><i>{escape(quantity(claim))}</i>"
+        f'<div style="white-space:nowrap">ours: <b>{figure}</b></div>'
         f"{more}<div>published: {published}</div></div></div></div>"
     )

@@ -30,7 +30,7 @@ class Origin(NamedTuple):
 
 
 def load_model(
-    name: str | None = None, device: str | torch.device | None = None
+    name: str | Path | None = None, device: str | torch.device | None = None
 ) -> TransformerBridge:
     """Load a model in compatibility mode: float32, eval, on the GPU if there is one.
 
@@ -64,7 +64,7 @@ def load_model(
     return model.eval()
 
 
-def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
+def load_hf(name: str | Path | None = None) -> tuple[Weights, Origin]:
     """The weights of `load_model(name)` as a plain Hugging Face model on the CPU, and their origin.
 
     Compatibility mode changes the model it wraps in place: reference computations need their own.
@@ -74,6 +74,8 @@ def load_hf(name: str | None = None) -> tuple[Weights, Origin]:
     name = os.environ.get("MECH_INTERP_MODEL") or None if name is None else name
     if name is None:
         return _load_default()
+    if isinstance(name, Path):
+        name = os.path.join(os.curdir, name)  # a folder, never a hub id or another name
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"name must be a model's name, a hub id or a folder, got {name!r}")
     if name.lower() == SMOLLM2_NAME:

@@ -24,8 +24,12 @@ TESTED = ("transformer-lens", "transformers")  # whose newer releases have chang
 def set_up(project: str) -> None:
     """Work in a project's folder, with its modules and ours on the path; on Colab, install.
 
-    Raises RuntimeError as `install_missing` and `install_offline_model` do.
+    Raises ValueError for another project, and RuntimeError as `install_missing` and
+    `install_offline_model` do.
     """
+    known = sorted(path.name for path in ROOT.glob("project-*"))
+    if project not in known:
+        raise ValueError(f"project: got {project!r}, want one of {', '.join(known)}")
     folder = ROOT / project
     name_model_from_anywhere()
     os.chdir(folder)  # relative files such as results/toy_seeds.json

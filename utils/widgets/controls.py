@@ -26,11 +26,12 @@ from ipywidgets import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.circuit import ROLE_POSITIONS, Circuit
-from utils.edits import Run
-from utils.heads import Head
+from utils.circuit import ROLE_POSITIONS, Circuit, nodes
+from utils.edits import Run, heads_from
+from utils.heads import Head, check_heads
 from utils.ioi import single_token_names
 from utils.look import role_in_words
+from utils.typed import checked
 from utils.widgets.own_figures import end_figure, text_figure
 from utils.widgets.own_text import (
     EndRun,
@@ -84,11 +85,14 @@ class Live(VBox):
         return super()._repr_mimebundle_(**kwargs) | self.still | {"text/plain": "Widget"}
 
 
+@checked
 def by_steps(figure: go.Figure, name: str) -> Live:
     """A figure of `utils.widgets.sliders` under a slider that the arrow keys move too.
 
     Raises ValueError for a figure without a slider of its own.
     """
+    if len(figure.layout.sliders) != 1:
+        raise ValueError("figure must have one slider of its own (`utils.widgets.sliders`)")
     (own,) = figure.layout.sliders
     options = [(step.label, i) for i, step in enumerate(own.steps)]
     wide = dict(layout=Layout(width="95%"), style=dict(description_width="initial"))
@@ -103,18 +107,24 @@ def by_steps(figure: go.Figure, name: str) -> Live:
     return Live([slider], draw, figure)
 
 
+@checked
 def your_text(
     model: TransformerBridge,
-    groups: Mapping[str, Sequence[Head]],
+    groups: Mapping[str, Sequence[tuple[int, int]]],
     source: Run | float = 0.0,
     text: str = TEXT,
 ) -> Live:
     """A text of your own: the loss of every token and where heads look, with some switched off.
 
     `groups`: name to heads, each with a switch. What a head that is off says instead comes from
-    `source`: 0, or a mean run over positions.
+    `source`: 0, or a mean run over positions. Raises ValueError for groups without a head, heads
+    that the model lacks, and as `run_text`.
     """
+    groups = {name: check_heads(model, heads, name="groups") for name, heads in groups.items()}
+    if not groups:
+        raise ValueError("groups is empty, give at least one")
     heads = list(dict.fromkeys(head for group in groups.values() for head in group))
+    heads_from(model, heads, source)  # raises for a source that does not fit
     box = Text(value=text, description="Text", **_LINE)
     position = IntSlider(value=0, min=0, max=1, description="Look from token", **_LINE)
     switches, off = _switches(groups)
@@ -137,14 +147,17 @@ def your_text(
     return Live([box, position, switches], draw)
 
 
+@checked
 def your_sentence(model: TransformerBridge, found: Circuit, means: Mapping[str, Run]) -> Live:
     """A sentence of your own about two people: which name wins, and what the circuit does at END.
 
     Roles and heads can be knocked out; what they say instead is in `means`, by place
-    (`own_text.means_by_place`).
+    (`own_text.means_by_place`). Raises ValueError as `circuit.nodes`, and for an empty circuit.
     """
-    nodes = [(role, Head(*head)) for role, heads in found.items() for head in heads]
-    at_end = [node for node in nodes if ROLE_POSITIONS[node[0]] == "END"] or nodes
+    if not nodes(found):
+        raise ValueError("found is empty, give at least one head")
+    members = [(role, Head(*head)) for role, heads in found.items() for head in heads]
+    at_end = [member for member in members if ROLE_POSITIONS[member[0]] == "END"] or members
     heads = list(dict.fromkeys(head for _, head in at_end))
     known = single_token_names(model)
     names = [*dict.fromkeys(n for n in ("Mary", "John", *known) if n in known)][:2]

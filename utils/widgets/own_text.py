@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.checks import start_token
+from utils.checks import check_range, start_token
 from utils.circuit import Node
 from utils.edits import Edit, Run, heads_from, hook_name, hooks, only_at
+from utils.engine.packs import check_edits
 from utils.engine.readout import Hooks
 from utils.heads import check_heads
 from utils.ioi import NamePrompts
@@ -45,6 +46,7 @@ class EndRun(NamedTuple):
     written: Float[Tensor, "head"]
 
 
+@checked
 def text_tokens(model: TransformerBridge, text: str) -> Int[Tensor, "1 pos"]:
     """Start token and text. ValueError without a tokenizer, or unless it is 2 to 40 tokens."""
     if model.tokenizer is None:
@@ -56,8 +58,12 @@ def text_tokens(model: TransformerBridge, text: str) -> Int[Tensor, "1 pos"]:
     return torch.tensor([[start_token(model), *ids]], device=model.cfg.device)
 
 
+@checked
 def token_words(model: TransformerBridge, tokens: Int[Tensor, "1 pos"]) -> list[str]:
-    """Each token as text."""
+    """Each token as text. ValueError without a tokenizer, or for ids outside the vocabulary."""
+    if model.tokenizer is None:
+        raise ValueError("model has no tokenizer, so its tokens have no words")
+    check_range("tokens", tokens, model.cfg.d_vocab)
     return [model.tokenizer.decode([token]) for token in tokens[0].tolist()]
 
 
@@ -75,11 +81,13 @@ def run_text(
     0 is zero ablation, a mean run mean ablation. Raises ValueError as `heads_from`.
     """
     edits = heads_from(model, off, source) if (off := list(off)) else []
+    check_edits(model, tokens, edits)
     kept, keep = _keeping(model, heads, ["pattern"])
     losses = per_token_loss(model, tokens, [*hooks(edits), *keep])[0]
     return TextRun(losses.cpu(), _of_heads(kept, heads, "pattern")[:, 0].cpu())
 
 
+@checked
 def own_prompt(model: TransformerBridge, sentence: str, io: str, s: str) -> NamePrompts:
     """A sentence about two people as a prompt: `io` once, `s` twice, then the place of the answer.
 
@@ -112,6 +120,7 @@ def own_prompt(model: TransformerBridge, sentence: str, io: str, s: str) -> Name
     return NamePrompts(tokens, torch.tensor([answers], device=tokens.device), positions)
 
 
+@checked
 def means_by_place(
     recorded: Mapping[str, Float[Tensor, "prompt pos head d_head"]],
     positions: Mapping[str, Int[Tensor, "prompt"]],
@@ -119,7 +128,11 @@ def means_by_place(
     """The mean output of every head at each named place, over recorded prompts.
 
     With ABC prompts of many frames: what a head says there whoever is named, in any sentence.
+    Raises ValueError for positions outside the prompts.
     """
+    for place, at in positions.items():
+        for z in recorded.values():
+            check_range(f"positions[{place!r}]", at, z.shape[1])
     return {
         place: Run(
             {n: z[torch.arange(len(z)), at].mean(0)[None, None] for n, z in recorded.items()}
@@ -145,6 +158,7 @@ def run_at_end(
     scale: list[Tensor] = []
     read = [*last_position_hooks(), ("ln_final.hook_scale", lambda x, hook: scale.append(x))]
     edits = _knocked_out(model, prompt, out, means)
+    check_edits(model, prompt.tokens, edits)
     logits = model.run_with_hooks(prompt.tokens, fwd_hooks=[*hooks(edits), *keep, *read])
     direction = (model.W_U[:, prompt.answers[0, 0]] - model.W_U[:, prompt.answers[0, 1]]) / scale[
         0

@@ -14,11 +14,13 @@ from utils.circuit import Node, node_label
 from utils.look import COLOURS, by_layer, line_looks, titled
 from utils.metrics import Estimate
 from utils.toy import ToyRun
+from utils.typed import checked
 
 PLACES = ["S1", "IO", "S1+1", "S2", "END"]  # from left to right in a prompt, by and large
 NOW = dict(size=10, color="#222", symbol="diamond")  # where the slider stands
 
 
+@checked
 def with_slider(
     figure: go.Figure, frames: Sequence[tuple[str, Mapping[int, object]]], what: str, start: int
 ) -> go.Figure:
@@ -50,6 +52,7 @@ def show_frame(figure: go.Figure, frame: go.Frame) -> None:
         figure.data[trace].update(change.to_plotly_json())
 
 
+@checked
 def toy_training(run: ToyRun, at: float) -> go.Figure:
     """Attention of every head, losses and scores of a toy, at one step of its training at a time.
 
@@ -118,6 +121,7 @@ def toy_training(run: ToyRun, at: float) -> go.Figure:
     return with_slider(figure, frames, "training step", start)
 
 
+@checked
 def circuits_by_threshold(
     contributions: Mapping[Node, float],
     kept: Mapping[int, Mapping[str, Estimate]],
@@ -132,6 +136,8 @@ def circuits_by_threshold(
     nodes, sizes = list(contributions), sorted(kept)
     if not sizes or sizes[-1] > len(nodes):
         raise ValueError(f"kept: want sizes of 1..{len(nodes)} nodes, got {sizes}")
+    if lacking := {place for _, place in nodes} - {*PLACES}:
+        raise ValueError(f"contributions: no place {lacking.pop()!r} among {PLACES}")
     groups = list(kept[sizes[0]])
     titles = ["the circuit", "what it keeps"]
     look = dict(subplot_titles=titles, column_widths=[0.5, 0.5], horizontal_spacing=0.17)
