@@ -11,7 +11,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from transformer_lens.hook_points import HookPoint
 
-from utils import attribution, circuit, ioi, metrics, patching, paths
+from utils import attribution, circuit, metrics, patching, paths
 from utils.edits import heads_from, hooks, record
 from utils.exercises.exercise import set_at
 from utils.heads import Head, all_heads
@@ -85,6 +85,18 @@ def lens_by_loop(model, tokens, answers):
             row.append(logits[right] - logits[wrong])
         rows.append(torch.stack(row))
     return torch.stack(rows)
+
+
+def lens_by_parts(model, tokens, answers):
+    """Each layer adds what its attention and its MLP write."""
+    parts = attribution.direct_logit_attribution(model, tokens, answers)
+    values = dict(zip(parts.labels, parts.values.T, strict=True))
+    bias = values.pop("b_U")
+    layers = [
+        values.pop(f"{n}_attn_out") + values.pop(f"{n}_mlp_out") for n in range(model.cfg.n_layers)
+    ]
+    start = sum(values.values()) + bias
+    return torch.stack([start, *layers], dim=1).cumsum(1)
 
 
 def heads_by_loop(model, tokens, answers):
@@ -648,7 +660,7 @@ RIGHT = {
         lens_by_hooks,
         lens_by_cache,
         lens_by_loop,
-        lambda model, t, a: attribution.logit_lens(model, t, a).values[:, ::2],
+        lens_by_parts,
     ],
     "head_attribution": [
         heads_by_loop,
@@ -720,7 +732,7 @@ RIGHT = {
         fit_by_numpy,
         fit_by_loop,
         fit_by_normal_equations,
-        ioi.fit_signal,
+        lambda values, codes: torch.linalg.lstsq(codes.to(values), values).solution,
     ],
     "template_means": [
         means_by_index_add,

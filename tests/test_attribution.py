@@ -3,7 +3,7 @@
 import pytest
 import references
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch.testing import assert_close
 from transformer_lens.tools import analysis
 
@@ -14,7 +14,6 @@ from utils.attribution import (
     direct_logit_attribution,
     head_attribution,
     head_projections,
-    logit_lens,
 )
 from utils.metrics import logit_diff
 from utils.toy import build_toy
@@ -30,9 +29,8 @@ def toy():
     return model
 
 
-# LayerNorm and biases; attention and MLP in parallel; grouped keys and values; attention only:
-# with the places in a layer that the logit lens can stop at
-STAGES = {"random_gpt2": ["pre", "mid"], "neox": ["pre"], "llama": ["pre", "mid"], "toy": ["pre"]}
+# LayerNorm and biases; attention and MLP in parallel; grouped keys and values; attention only
+MODELS = ("random_gpt2", "neox", "llama", "toy")
 
 
 def make_task(model):
@@ -109,15 +107,7 @@ def test_heads_equal_hugging_face_hooks(run):
     assert_close(result, want, **CLOSE)
 
 
-def test_logit_lens_equals_hugging_face_hidden_states(run):
-    model, tokens, answers, hf = run
-    before = hf.at("resid_pre")
-    stages = rearrange([before, before + hf.at("attn_out")], "two p layer d -> p (layer two) d")
-    _, values = logit_lens(model, tokens, answers)
-    assert_close(values[:, :-1], hf.read(stages) + hf.bias[:, None], **CLOSE)
-
-
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_parts_add_up(request, name):
     model = request.getfixturevalue(name)
     tokens, _, answers = make_task(model)
@@ -125,10 +115,6 @@ def test_the_parts_add_up(request, name):
     assert want.abs().max() > 1e-2
     labels, values = direct_logit_attribution(model, tokens, answers)
     assert_close(values.sum(1), want, **CLOSE)
-    lens = logit_lens(model, tokens, answers)
-    stages = [f"{layer}_{stage}" for layer in range(model.cfg.n_layers) for stage in STAGES[name]]
-    assert lens.labels == [*stages, "final_post"]
-    assert_close(lens.values[:, -1], want, **CLOSE)
     # a layer's heads and its bias are its attention output
     cache = model.run_with_cache(tokens)[1]
     directions = (model.W_U[:, answers[:, 0]] - model.W_U[:, answers[:, 1]]).T
@@ -153,9 +139,8 @@ def test_small_batches_change_nothing(random_gpt2, monkeypatch):
 
     def everything():
         values = direct_logit_attribution(random_gpt2, tokens, answers).values
-        lens = logit_lens(random_gpt2, tokens, answers).values
         by_head = head_attribution(random_gpt2, tokens, answers)
-        return values, lens, by_head, head_projections(random_gpt2, tokens, [(1, 1)], answers)
+        return values, by_head, head_projections(random_gpt2, tokens, [(1, 1)], answers)
 
     whole = everything()
     monkeypatch.setattr(attribution, "token_batches", lambda model, tokens: tokens.split(2))
@@ -175,7 +160,7 @@ def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003)
     return (moved(step) - moved(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "smollm2"])
+@pytest.mark.parametrize("name", [*MODELS, "smollm2"])
 def test_attribution_patching_equals_a_finite_difference(request, name):
     model = request.getfixturevalue(name)
     clean, corrupted, answers = make_task(model)
@@ -240,11 +225,14 @@ def patch(corrupted, metric=lambda x: x[:, -1, 0], clean=TOKENS):
     ("call", "message"),
     [
         (lambda m: direct_logit_attribution(m, TOKENS, ANSWERS[:1]), "answers must be .* prompt=2"),
-        (lambda m: logit_lens(m, TOKENS, ANSWERS[:, :1]), "answers must be Int.*'prompt 2'"),
+        (
+            lambda m: direct_logit_attribution(m, TOKENS, ANSWERS[:, :1]),
+            "answers must be Int.*'prompt 2'",
+        ),
         (lambda m: head_attribution(m, TOKENS, ANSWERS.float()), "answers must be Int"),
         (lambda m: head_attribution(m, TOKENS, -ANSWERS), r"answers must lie in 0\.\."),
-        (lambda m: logit_lens(m, TOKENS[:, :0], ANSWERS), "tokens is empty"),
-        (lambda m: logit_lens(m, TOKENS[:0], ANSWERS[:0]), "is empty"),
+        (lambda m: direct_logit_attribution(m, TOKENS[:, :0], ANSWERS), "tokens is empty"),
+        (lambda m: direct_logit_attribution(m, TOKENS[:0], ANSWERS[:0]), "is empty"),
         (lambda m: head_projections(m, TOKENS, [], ANSWERS), "heads is empty"),
         (lambda m: head_projections(m, TOKENS, [(0, 0)], ANSWERS[:, :0]), "is empty"),
         (lambda m: head_projections(m, TOKENS, [(3, 0)], ANSWERS), "no head L3H0"),

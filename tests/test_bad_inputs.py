@@ -76,7 +76,6 @@ def kit(gpt2_stand_in, tmp_path_factory):
     """What right calls are made of, on a small random model with GPT-2's tokenizer."""
     model = load_model(str(gpt2_stand_in), device="cpu")
     prompts = ioi_prompts(model, 8)
-    tiny = tiny_model()
     with torch.no_grad():
         on_abc = record(model, prompts.corrupted["abc"], ["z"])
         patterns = record(model, prompts.tokens, ["pattern"])
@@ -101,7 +100,7 @@ def rows(kit):
     """A right call of each function, by name."""
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.rand(shape, generator=g)  # noqa: E731
-    model, prompts, tiny = kit.model, kit.prompts, kit.tiny
+    model, prompts = kit.model, kit.prompts
     tokens, abc, answers = prompts.tokens, prompts.corrupted["abc"], prompts.answers
     n, length = tokens.shape
     metric, heads, nodes = LogitDiff(answers), [(0, 1), (2, 3)], kit.nodes
@@ -134,7 +133,6 @@ def rows(kit):
         ),
         "ablation.control_sizes": dict(model=model, ranked=heads, sizes=[1, 2]),
         "attribution.direct_logit_attribution": ask,
-        "attribution.logit_lens": ask,
         "attribution.head_attribution": ask,
         "attribution.head_projections": dict(**ask, heads=heads),
         "attribution.of_heads": dict(values=rand(n, 3, 4), heads=heads),
@@ -218,7 +216,6 @@ def rows(kit):
         "ioi.ioi_prompts": dict(model=model, n_prompts=2, seed=0),
         "ioi.eight_prompts": dict(model=model),
         "ioi.adversarial_prompts": dict(model=model, n_prompts=2, seed=0),
-        "ioi.fit_signal": dict(values=rand(3, 4), codes=torch.tensor([[1, 1], [1, -1], [-1, 1]])),
         "metrics.estimate": dict(values=rand(4), strata=torch.tensor([0, 0, 1, 1]), clusters=None),
         "metrics.proportion": dict(successes=rand(4) > 0.5),
         "metrics.token_batches": run,
@@ -235,7 +232,6 @@ def rows(kit):
         "metrics.normalised_effect": dict(
             patched=rand(n, 3), clean=1 + rand(n), corrupted=-rand(n)
         ),
-        "metrics.correlation": dict(x=rand(5), y=rand(5)),
         "patching.patch_heads": dict(
             model=model, clean=tokens, corrupted=abc, metric=metric, site="z", heads=heads
         ),
@@ -285,7 +281,6 @@ def rows(kit):
         "toy.share_formed": dict(steps=steps, values=fall, centre=20.0, width=10.0),
         "toy.plateaus": dict(steps=steps, values=fall, centre=20.0, width=10.0),
         "toy.path_of": dict(losses=rand(4, 3)),
-        "toy.previous_token_match": dict(model=tiny, writers=[(0, 1), (0, 2)], reader=(1, 1)),
         "toy.tiny_model": dict(n_layers=1, seed=0),
         "weights.ov_weights": dict(model=model, heads=heads),
         "weights.qk_weights": dict(model=model, heads=heads),
@@ -710,7 +705,6 @@ RIGHT = {
     ("selection.named_nodes", "prompts"): ANSWERS,
     ("LogitDiff", "answers"): {"too large"},  # no vocabulary is known
     ("TokenLoss", "targets"): {"too large"},
-    ("ioi.fit_signal", "codes"): {"negative", "too large"},
     ("power_law.fit_power_law", "seeds"): {"negative", "too large"},  # names of groups
     ("power_law.held_out_share", "groups"): {"negative", "too large"},
     ("prompts.long_texts", "seed"): {"negative", "too large"},  # any number

@@ -256,22 +256,6 @@ def test_smollm2_does_the_task_in_every_frame(smollm2, no_grad):
         assert diff[prompts.template == frame].mean() > 2, ioi.FRAMES[frame]
 
 
-def test_the_signal_is_a_least_squares_fit():
-    codes = torch.tensor([[1, 1], [1, 0], [1, -1], [-1, 1], [-1, 0], [-1, -1]])
-    values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    # the columns of these codes are orthogonal, so each coefficient is a projection
-    position, token = codes.float().T
-    want = torch.stack([position @ values / 6, token @ values / 4])
-    torch.testing.assert_close(ioi.fit_signal(values, codes), want)
-    for bad, message in (
-        (codes[:5], "codes must be Int.* variant=6"),
-        (codes.float(), "codes must be Int"),
-        (codes[:, [0, 0]], "codes must tell position and token apart"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ioi.fit_signal(values, bad)
-
-
 def test_bad_input_is_named(few_names, smollm2, toy2, monkeypatch):
     for make in (ioi_prompts, adversarial_prompts):
         with pytest.raises(ValueError, match="n_prompts must be at least 1, got 0"):

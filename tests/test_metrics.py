@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import ones, rand
+from torch import ones
 
 from utils import metrics
 from utils.edits import heads_from, hooks, sweep
@@ -126,13 +126,6 @@ def test_rank_and_accuracy_count_ties():
     assert metrics.accuracy(logits, answers).tolist() == [0.0]
 
 
-def test_correlation_equals_the_statistics_module():
-    x, y = torch.rand(9), torch.rand(9)
-    want = statistics.correlation(x.tolist(), y.tolist())
-    assert metrics.correlation(x, y) == pytest.approx(want, abs=1e-6)
-    assert metrics.correlation(x, 3 - 2 * x) == pytest.approx(-1)
-
-
 def test_normalised_effect_is_zero_for_corrupted_and_one_for_clean_on_average():
     clean, corrupted = torch.tensor([4.0, 2.0]), torch.tensor([-1.0, 1.0])
     patched = torch.stack([corrupted, clean, (clean + corrupted) / 2], dim=1)
@@ -207,11 +200,6 @@ MISFIT = r"answers must be .*prompt=2.*\[3, 2\]"
         ("accuracy", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
         ("answer_probability", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
         ("answer_rank", [LOGITS, ANSWERS[[0, 0, 0]]], MISFIT),
-        ("correlation", [rand(3), rand(4)], "y must be .*n=3.*"),
-        ("correlation", [rand(2, 2), rand(2, 2)], "x must be"),
-        ("correlation", [ones(4), rand(4)], "x must vary, got 4 values all"),
-        ("correlation", [rand(4), 0 * ones(4)], "y must vary, got 4 values all"),
-        ("correlation", [ones(0), ones(0)], "x must vary, got 0 values"),
         ("normalised_effect", [ones(3, 4), ones(2), ones(2)], r"clean must be .*prompt=3.*\[2\]"),
         ("normalised_effect", [ones(2, 4), ones(2), ones(2)], "no effect to restore"),
     ],

@@ -115,16 +115,6 @@ def test_an_effect_is_0_for_the_corrupted_run_and_1_for_the_clean(seed, n):
 
 
 @FEW
-@given(seeds, st.integers(3, 20))
-def test_correlation_lies_between_minus_1_and_1_either_way_round(seed, n):
-    x, y = draw(seed, n), draw(seed + 1, n)
-    found = metrics.correlation(x, y)
-    assert -1 - 1e-9 <= found <= 1 + 1e-9
-    assert metrics.correlation(y, x) == pytest.approx(found)
-    assert metrics.correlation(x, 3 * x + 1) == pytest.approx(1)
-
-
-@FEW
 @given(seeds, st.integers(4, 20))
 def test_all_of_a_change_forms_over_the_whole_training(seed, n):
     steps, values = 10 * torch.arange(n), draw(seed, n)
@@ -174,7 +164,6 @@ def test_parts_add_up_to_the_logit_difference(seed, n):
     whole = metrics.logit_diff(MODEL(tokens), answers)
     parts = attribution.direct_logit_attribution(MODEL, tokens, answers)
     close(parts.values.sum(1), whole)
-    close(attribution.logit_lens(MODEL, tokens, answers).values[:, -1], whole)
 
 
 @RUNS

@@ -62,7 +62,6 @@ def test_one_prompt_of_two_tokens_through_one_head(model):
         (lambda m: weights.composition_scores(m, "K", [(0, 0)], [(0, 0)]), "a later layer"),
         (lambda m: circuit.select_heads(torch.ones(1, 1, 1), 0.1, 1), "2 or more prompts"),
         (lambda m: heads.score_heads(m, TOKENS[:, :1], heads.previous_token_score), "dest src"),
-        (lambda m: metrics.correlation(torch.ones(1), torch.ones(1)), "x must vary"),
         (lambda m: ablation.mean_run(m, TOKENS[:, :1], per_position=False), "2 or more"),
     ],
 )

@@ -272,26 +272,6 @@ def test_cut_path_equals_plain_pytorch(site, batch):
     assert (got - clean).abs().max() > 0.01
 
 
-def test_previous_token_match_is_refused_for_a_large_vocabulary():
-    model = toy.tiny_model()
-    model.cfg.d_vocab = 50_000
-    with pytest.raises(ValueError, match="model has 50000 tokens: want 10,000 at most"):
-        toy.previous_token_match(model, [(0, 0)], (1, 0))
-
-
-@torch.no_grad()
-def test_previous_token_match_equals_loops():
-    model = randomise(toy.build_toy(2))
-    model.enable_compatibility_mode()
-    writers, reader = [(0, 1), (0, 3)], (1, 2)
-    match = toy.previous_token_match(model, writers, reader)
-    first, second = model.blocks[0].attn, model.blocks[1].attn
-    for a, b in [(0, 0), (5, 5), (7, 40), (63, 1)]:
-        written = sum(model.W_E[b] @ first.W_V[h] @ first.W_O[h] for _, h in writers)
-        wanted = (model.W_E[a] @ second.W_Q[2]) @ (written @ second.W_K[2])
-        assert match[a, b] == pytest.approx(wanted.item(), rel=1e-4)
-
-
 STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
 
 

@@ -51,27 +51,6 @@ def direct_logit_attribution(
 
 @torch.no_grad()
 @checked
-def logit_lens(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], answers: Int[Tensor, "prompt 2"]
-) -> Attribution:
-    """The logit difference at the last position if the model stopped early.
-
-    The residual stream before each layer ("3_pre"), between its attention and its MLP ("3_mid";
-    not in models where the two run in parallel or that have no MLP) and at the end ("final_post")
-    goes through the unembedding. The last LayerNorm keeps the scale of the full run, as in the
-    TransformerLens demos, so the steps between neighbours are `direct_logit_attribution`.
-    Raises as `direct_logit_attribution`.
-    """
-    has_mid = "blocks.0.hook_resid_mid" in model.hook_dict
-    sites = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"]
-    cache = _at_the_end(model, tokens, answers, sites)
-    stream, labels = cache.accumulated_resid(incl_mid=has_mid, pos_slice=-1, return_labels=True)
-    so_far = cache.logit_attrs(stream, *answers.T, pos_slice=-1)  # [stage prompt]
-    return Attribution(labels, so_far.T + model.b_U[answers[:, :1]] - model.b_U[answers[:, 1:]])
-
-
-@torch.no_grad()
-@checked
 def head_attribution(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt layer head"]:

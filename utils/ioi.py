@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -174,24 +174,6 @@ def adversarial_prompts(
         ]
         prompts[key] = _name_prompts(model, texts, draws)
     return prompts
-
-
-@checked
-def fit_signal(
-    values: Float[Tensor, "variant prompt"], codes: Int[Tensor, "variant 2"]
-) -> Float[Tensor, "2 prompt"]:
-    """How much of each prompt's logit difference goes by position, and how much by token.
-
-    The S-inhibition heads' output is taken from variants of the prompts in which S2 stands for the
-    original position (1) or the other (-1), and for the original token (1), the other (-1) or
-    neither (0): `codes`. Gives the coefficients of the least-squares fit
-    values = position * code[0] + token * code[1] (Wang et al. 2022, appendix A). Raises ValueError
-    for codes that do not tell the two apart.
-    """
-    codes = codes.to(values)
-    if torch.linalg.matrix_rank(codes) < 2:
-        raise ValueError(f"codes must tell position and token apart, got {codes.tolist()}")
-    return torch.linalg.lstsq(codes, values).solution
 
 
 def _draw(model: TransformerBridge, n_prompts: int, seed: int) -> list[dict[str, str]]:

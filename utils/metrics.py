@@ -253,15 +253,6 @@ def answer_rank(
     return 1 + (last > last.gather(1, answers[:, :1].to(logits.device))).sum(1)
 
 
-@checked
-def correlation(x: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> float:
-    """Pearson correlation; ValueError unless both vary."""
-    for name, values in (("x", x), ("y", y)):
-        if len(values) < 2 or (values == values[0]).all():
-            raise ValueError(f"{name} must vary, got {len(values)} values all the same")
-    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
-
-
 def _answers_of(logits: Tensor, answers: Tensor) -> LogitDiff:
     """The answers as a metric; ValueError where they do not fit the logits."""
     if logits.shape[1] == 0:

@@ -6,7 +6,6 @@ sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss f
 """
 
 import math
-from collections.abc import Iterable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -21,7 +20,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.checks import check_count, generator_of
 from utils.heads import (
     attention_patterns,
-    check_heads,
     prefix_matching_score,
     previous_token_score,
     score_heads,
@@ -29,7 +27,6 @@ from utils.heads import (
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
 from utils.typed import checked
-from utils.weights import ov_weights, qk_weights
 
 VOCAB = 64  # token 0 starts every sequence and occurs nowhere else
 LONGEST = 23  # tokens in the longest segment, so that two copies fit
@@ -263,28 +260,6 @@ def path_of(losses: Float[Tensor, "snapshot *tokens"]) -> LossPath:
     away = ((points - points[0]) @ across).abs()  # [snapshot]
     corner = int(away.argmax())
     return LossPath(points, s[:2] ** 2 / (s**2).sum(), corner, away[corner].item() / length)
-
-
-@torch.no_grad()
-@checked
-def previous_token_match(
-    model: TransformerBridge, writers: Iterable[tuple[int, int]], reader: tuple[int, int]
-) -> Float[Tensor, "query token"]:
-    """How well each token's query matches the key that each token leaves on the next position.
-
-    W_E W_QK (W_E W_OV)^T with the reader's W_QK and the writers' W_OV, summed over writers: row =
-    token of the query, column = token that the writers copied from the position before the key
-    (Elhage et al. 2021, "two-layer attention-only transformers"). A large diagonal means "same
-    token, one later". LayerNorm's scale and the attention scale are left out. Raises ValueError for
-    a vocabulary of more than 10,000 tokens: the matrix would take gigabytes.
-    """
-    if model.cfg.d_vocab > 10_000:
-        raise ValueError(f"model has {model.cfg.d_vocab} tokens: want 10,000 at most, as a toy has")
-    (w_q,), (w_k,) = qk_weights(model, check_heads(model, [reader], name="reader"))
-    writers = check_heads(model, writers, name="writers", distinct=True)
-    w_v, w_o = ov_weights(model, writers)
-    left_behind = model.W_E @ (w_v @ w_o).sum(0)
-    return (model.W_E @ w_q) @ (left_behind @ w_k).T
 
 
 def _check_rising(steps: Int[Tensor, "snapshot"]) -> None:
