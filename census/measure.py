@@ -120,7 +120,9 @@ def on_names(model: TransformerBridge) -> dict:
         for batch in metrics.token_batches(model, asked.tokens)
     ])  # fmt: skip
     diff = metrics.estimate(metrics.logit_diff(logits, asked.answers).cpu())
-    written = attribution.head_attribution(model, asked.tokens, asked.answers).mean(0).cpu()
+    every = heads.all_heads(model)
+    to_io, to_s = attribution.head_projections(model, asked.tokens, every, asked.answers).mean(0)
+    written = (to_io - to_s).unflatten(0, (model.cfg.n_layers, model.cfg.n_heads)).cpu()
     movers = heads.top_heads(written, k=min(3, written.numel()))
     return {
         "ioi_logit_diff": diff.mean,

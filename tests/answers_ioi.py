@@ -138,6 +138,11 @@ def heads_by_layer(model, tokens, answers):
     return torch.stack(layers, dim=1) / cache["ln_final.hook_scale"][:, -1, None]
 
 
+def heads_by_projections(model, tokens, answers):
+    written = attribution.head_projections(model, tokens, all_heads(model), answers)
+    return rearrange(written[:, 0] - written[:, 1], "p (l h) -> p l h", h=model.cfg.n_heads)
+
+
 # 4: corrupted prompts
 
 
@@ -667,7 +672,7 @@ RIGHT = {
         heads_in_float64,
         heads_by_results,
         heads_by_layer,
-        attribution.head_attribution,
+        heads_by_projections,
     ],
     "corrupt_s2": [
         lambda t, at: t.scatter(1, at["S2"][:, None], t.gather(1, at["IO"][:, None])),
@@ -806,7 +811,7 @@ def leaves_hooks(model, clean, corrupted, answers, layers):
 def changes_weights(model, tokens, answers):
     model.W_O.data.mul_(0)
     model.blocks[0].attn.o.weight.data.mul_(0.5)
-    return attribution.head_attribution(model, tokens, answers)
+    return heads_by_projections(model, tokens, answers)
 
 
 def no_gradient(model, clean, corrupted, answers):

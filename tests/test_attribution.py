@@ -12,14 +12,20 @@ from utils.attribution import (
     attention_at,
     attribution_patching,
     direct_logit_attribution,
-    head_attribution,
     head_projections,
 )
+from utils.heads import all_heads
 from utils.metrics import logit_diff
 from utils.toy import build_toy
 
 CLOSE = {"atol": 1e-3, "rtol": 1e-3}
 pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def head_attribution(model, tokens, answers):
+    """[prompt layer head]: right minus wrong answer."""
+    to_right, to_wrong = head_projections(model, tokens, all_heads(model), answers).unbind(1)
+    return (to_right - to_wrong).unflatten(1, (model.cfg.n_layers, model.cfg.n_heads))
 
 
 @pytest.fixture(scope="module")

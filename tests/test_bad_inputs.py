@@ -133,7 +133,6 @@ def rows(kit):
         ),
         "ablation.control_sizes": dict(model=model, ranked=heads, sizes=[1, 2]),
         "attribution.direct_logit_attribution": ask,
-        "attribution.head_attribution": ask,
         "attribution.head_projections": dict(**ask, heads=heads),
         "attribution.of_heads": dict(values=rand(n, 3, 4), heads=heads),
         "attribution.attention_at": dict(

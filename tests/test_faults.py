@@ -23,7 +23,7 @@ from stand_in_hub import COMMIT, REFUSING, a_hub, at_first, published, slowly
 from tools import notebook_run, notebooks
 from utils import toy
 from utils.ablation import mean_run
-from utils.attribution import attribution_patching, direct_logit_attribution, head_attribution
+from utils.attribution import attribution_patching, direct_logit_attribution, head_projections
 from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
@@ -524,7 +524,7 @@ def test_attributions_and_copying_are_refused_before_compute(tiny, draw, memory,
     for call in (
         lambda: attribution_patching(tiny, tokens, tokens, last_logit),
         lambda: direct_logit_attribution(tiny, tokens, answers),
-        lambda: head_attribution(tiny, tokens, answers),
+        lambda: head_projections(tiny, tokens, [(0, 0)], answers),
         lambda: hold_final_scale(tiny, tokens),
         lambda: name_copying_score(tiny, tokens[:, 0], all_heads(tiny)),
     ):

@@ -49,7 +49,8 @@ def figures(model):
         model, tokens, other, metrics.LogitDiff(answers), positions=[s2], layers=[0, 7, 8]
     )
     restored = metrics.normalised_effect(patched[..., 0], clean, corrupted).mean(0).tolist()
-    direct = attribution.head_attribution(model, tokens, answers).mean(0)
+    written = attribution.head_projections(model, tokens, heads.all_heads(model), answers).mean(0)
+    direct = (written[0] - written[1]).unflatten(0, (model.cfg.n_layers, model.cfg.n_heads))
     repeats = repeated_tokens(model, n_prompts=4, seq_len=50, seed=0)
     patterns = heads.attention_patterns(model, repeats)
     induction = heads.induction_score(patterns, seq_len=50).mean(0)

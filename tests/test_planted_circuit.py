@@ -8,8 +8,8 @@ import torch
 from planted import FIRST_NAME, NAME_MOVER, NEGATIVE, PLANTED, S_INHIBITION
 
 from utils import circuit as c
-from utils.attribution import head_attribution
-from utils.heads import attention_patterns
+from utils.attribution import head_projections
+from utils.heads import all_heads, attention_patterns
 from utils.metrics import estimate, logit_diff
 from utils.patching import patch_heads
 from utils.paths import path_patch
@@ -95,7 +95,8 @@ def groups_of(prompts):
 
 
 def test_direct_attribution_finds_who_writes_the_name(model, prompts, whole):
-    written = head_attribution(model, prompts.tokens, prompts.answers)
+    written = head_projections(model, prompts.tokens, all_heads(model), prompts.answers)
+    written = (written[:, 0] - written[:, 1]).unflatten(1, (model.cfg.n_layers, model.cfg.n_heads))
     threshold = 0.1 * whole.mean().item()
     assert c.select_heads(written, threshold, sign=1) == [NAME_MOVER]
     assert c.select_heads(written, threshold, sign=-1) == [NEGATIVE]

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from tools.notebook_run import WIDGET, execute
 from utils import ioi
 from utils.ablation import mean_run
-from utils.attribution import head_attribution
+from utils.attribution import head_projections
 from utils.circuit import knock_out
 from utils.edits import Run, heads_from, hooks, record
 from utils.heads import Head, all_heads, attention_patterns
@@ -137,14 +137,14 @@ def test_the_end_is_that_of_a_plain_run(request, name):
     edits = hooks(knock_out(model, prompt, flat, OUT))
     with model.hooks(fwd_hooks=edits):
         logits = model(prompt.tokens)
-        written = head_attribution(model, prompt.tokens, prompt.answers)[0]
+        to_io, to_s = head_projections(model, prompt.tokens, heads, prompt.answers)[0]
         patterns = attention_patterns(model, prompt.tokens)[0]
     close = dict(atol=1e-4, rtol=1e-4)
     assert run.logit_diff == pytest.approx(logit_diff(logits, prompt.answers).item(), abs=1e-3)
     assert run.likeliest == logits[0, -1].argmax()
     shares = logits[0, -1].softmax(-1)[prompt.answers[0]].tolist()
     assert run.probabilities == pytest.approx(shares, rel=1e-3)
-    torch.testing.assert_close(run.written, torch.stack([written[h] for h in heads]), **close)
+    torch.testing.assert_close(run.written, to_io - to_s, **close)
     torch.testing.assert_close(
         run.attention, torch.stack([patterns[h][-1] for h in heads]), **close
     )

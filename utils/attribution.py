@@ -51,23 +51,6 @@ def direct_logit_attribution(
 
 @torch.no_grad()
 @checked
-def head_attribution(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], answers: Int[Tensor, "prompt 2"]
-) -> Float[Tensor, "prompt layer head"]:
-    """What each head writes to logit(right) - logit(wrong) at the last position.
-
-    A layer's heads, plus its bias b_O, add up to its attention output in
-    `direct_logit_attribution`, which says how the last LayerNorm is treated. Raises likewise, and
-    ValueError for a model that normalises the sum of a layer's heads (Gemma 2).
-    """
-    cache = _at_the_end(model, tokens, answers, ["attn.hook_z"])
-    written = cache.stack_head_results(pos_slice=-1)  # [layer*head prompt d_model]
-    logits = cache.logit_attrs(written, *answers.T, pos_slice=-1)
-    return rearrange(logits, "(layer head) prompt -> prompt layer head", layer=model.cfg.n_layers)
-
-
-@torch.no_grad()
-@checked
 def head_projections(
     model: TransformerBridge,
     tokens: Int[Tensor, "prompt pos"],
@@ -76,8 +59,10 @@ def head_projections(
 ) -> Float[Tensor, "prompt k n_heads"]:
     """What each of some heads writes at the last position to the logit of each of k answers.
 
-    With `attention_at` the axes of figure 3c of Wang et al. 2022. The last LayerNorm is treated
-    as in `direct_logit_attribution`; raises as `head_attribution`, and for heads the model lacks.
+    With `attention_at` the axes of figure 3c of Wang et al. 2022. The last LayerNorm is treated as
+    in `direct_logit_attribution`: a layer's heads and its bias b_O add up to its attention output
+    there. Raises likewise, and ValueError for heads the model lacks, or whose sum it normalises
+    (Gemma 2).
     """
     rows = [layer * model.cfg.n_heads + head for layer, head in check_heads(model, heads)]
     cache = _at_the_end(model, tokens, answers, ["attn.hook_z"])

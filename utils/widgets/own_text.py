@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import lm_cross_entropy_loss
 
-from utils.checks import check_range, start_token
+from utils.checks import check_range, check_tokens, start_token
 from utils.circuit import Node
 from utils.edits import Edit, Run, heads_from, hook_name, hooks, only_at
 from utils.engine.packs import check_edits
-from utils.engine.readout import Hooks
 from utils.heads import check_heads
 from utils.ioi import NamePrompts
-from utils.metrics import last_position_hooks, logit_diff, per_token_loss
+from utils.metrics import logit_diff
 from utils.typed import checked
 
 MOST_TOKENS = 40  # more do not fit a figure, nor the time of a click
@@ -36,7 +37,7 @@ class EndRun(NamedTuple):
     """At END: logit(IO) - logit(S), both probabilities, and of some heads what they do there.
 
     `attention` goes from END to every token, `written` is what each head adds to the difference
-    directly (`attribution.head_attribution`); `likeliest` is the token with the highest logit.
+    directly (`attribution.head_projections`); `likeliest` is the token with the highest logit.
     """
 
     logit_diff: float
@@ -80,11 +81,12 @@ def run_text(
 
     0 is zero ablation, a mean run mean ablation. Raises ValueError as `heads_from`.
     """
+    heads = check_heads(model, heads)
     edits = heads_from(model, off, source) if (off := list(off)) else []
-    check_edits(model, tokens, edits)
-    kept, keep = _keeping(model, heads, ["pattern"])
-    losses = per_token_loss(model, tokens, [*hooks(edits), *keep])[0]
-    return TextRun(losses.cpu(), _of_heads(kept, heads, "pattern")[:, 0].cpu())
+    logits, cache = _run_once(model, tokens, edits)
+    losses = lm_cross_entropy_loss(logits, tokens.to(logits.device), per_token=True)[0]
+    patterns = [cache["pattern", layer][0, head] for layer, head in heads]
+    return TextRun(losses.cpu(), torch.stack(patterns).cpu())
 
 
 @checked
@@ -154,25 +156,31 @@ def run_at_end(
 
     Raises ValueError for a place that the prompt or the means lack, and as `heads_from`.
     """
-    kept, keep = _keeping(model, heads, ["pattern", "z"])
-    scale: list[Tensor] = []
-    read = [*last_position_hooks(), ("ln_final.hook_scale", lambda x, hook: scale.append(x))]
-    edits = _knocked_out(model, prompt, out, means)
-    check_edits(model, prompt.tokens, edits)
-    logits = model.run_with_hooks(prompt.tokens, fwd_hooks=[*hooks(edits), *keep, *read])
-    direction = (model.W_U[:, prompt.answers[0, 0]] - model.W_U[:, prompt.answers[0, 1]]) / scale[
-        0
-    ][0, -1]
-    z = _of_heads(kept, heads, "z")[:, 0, -1]
-    written = [z[i] @ (model.blocks[la].attn.W_O[h] @ direction) for i, (la, h) in enumerate(heads)]
+    heads = check_heads(model, heads)
+    logits, cache = _run_once(model, prompt.tokens, _knocked_out(model, prompt, out, means))
+    written = cache.stack_head_results(pos_slice=-1)  # [layer*head 1 d_model]
+    written = cache.logit_attrs(written, *prompt.answers.T, pos_slice=-1)[:, 0]
+    attention = [cache["pattern", layer][0, head, -1] for layer, head in heads]
     likely = logits[0, -1].softmax(-1)
     return EndRun(
         logit_diff(logits, prompt.answers).item(),
         tuple(likely[prompt.answers[0]].tolist()),
         int(likely.argmax()),
-        _of_heads(kept, heads, "pattern")[:, 0, -1].cpu(),
-        torch.stack(written).cpu(),
+        torch.stack(attention).cpu(),
+        written[[layer * model.cfg.n_heads + head for layer, head in heads]].cpu(),
     )
+
+
+def _run_once(
+    model: TransformerBridge, tokens: Int[Tensor, "1 pos"], edits: Sequence[Edit]
+) -> tuple[Float[Tensor, "1 pos vocab"], ActivationCache]:
+    """The logits, and what heads attend to and gather, under the edits."""
+    check_tokens(model, tokens, folded=True)
+    check_edits(model, tokens, edits)
+    layers = range(model.cfg.n_layers)
+    names = [hook_name(layer, site) for layer in layers for site in ("pattern", "z")]
+    with model.hooks(fwd_hooks=hooks(edits)):
+        return model.run_with_cache(tokens, names_filter=[*names, "ln_final.hook_scale"])
 
 
 def _knocked_out(
@@ -185,24 +193,3 @@ def _knocked_out(
         at = only_at(prompt.tokens, prompt.positions[place].to(prompt.tokens.device))
         edits += heads_from(model, [h for h, p in sorted(out) if p == place], means[place], at=at)
     return edits
-
-
-def _keeping(
-    model: TransformerBridge, heads: Iterable[tuple[int, int]], sites: Sequence[str]
-) -> tuple[dict[str, Tensor], Hooks]:
-    """Activations of these heads' layers, by hook name, and the hooks that put them there."""
-    # `cache_heads` and `record` give no logits: with them a click would take two runs
-    kept: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook) -> None:
-        kept[hook.name] = x
-
-    layers = sorted({head.layer for head in check_heads(model, heads)})
-    return kept, [(hook_name(layer, site), keep) for layer in layers for site in sites]
-
-
-def _of_heads(
-    kept: Mapping[str, Tensor], heads: Iterable[tuple[int, int]], site: str
-) -> Float[Tensor, "head prompt *rest"]:
-    axis = 1 if site == "pattern" else 2
-    return torch.stack([kept[hook_name(la, site)].select(axis, h) for la, h in heads])
