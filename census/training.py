@@ -20,7 +20,7 @@ from utils.checks import generator_of
 from utils.heads import prefix_matching_score, previous_token_score, score_heads, top_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
-from utils.toy import HELD_OUT, HELD_OUT_SEED, VOCAB, share_formed, sharpest_drop, smear
+from utils.toy import HELD_OUT, HELD_OUT_SEED, VOCAB, share_formed, smear
 from utils.typed import checked
 
 FORMED = 0.5  # prefix-matching score of the best head from which on a head has formed
@@ -142,6 +142,25 @@ def summary(
         row[f"{name}_in_window"] = share
     row["steps"] = steps.tolist()
     return row | ends | {f"{name}_curve": values.tolist() for name, values in curves.items()}
+
+
+@checked
+def sharpest_drop(
+    steps: Int[Tensor, "snapshot"], loss: Float[Tensor, "snapshot"], window: int = 2
+) -> float:
+    """The step at which the loss falls fastest: the middle of the steepest `window` snapshots.
+
+    The slope over `window` intervals is that of the loss smoothed over as many snapshots. Raises
+    ValueError for unequal lengths, steps that do not rise, a window that does not fit, or a loss
+    that is nan, as that of a training which diverged.
+    """
+    if not 1 <= window < len(steps):
+        raise ValueError(f"window must be between 1 and {len(steps) - 1}, got {window}")
+    if (steps.diff() <= 0).any():
+        raise ValueError(f"steps must rise, got {steps.tolist()[-3:]} at the end")
+    fall = (loss[:-window] - loss[window:]) / (steps[window:] - steps[:-window])
+    start = int(fall.argmax())
+    return (steps[start] + steps[start + window]).item() / 2
 
 
 def _norm(norm: torch.nn.Module, x: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d"]:

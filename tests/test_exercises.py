@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from utils.exercises import learner
-from utils.exercises.exercise import Exercises, hook_point, run_hook
+from utils.exercises.exercise import Exercises, Stretch, hook_point, run_hook
 from utils.ledger.results import ROOT
 from utils.toy import tiny_model
 
@@ -429,10 +429,25 @@ SLIPS = [
 ]
 
 
+def problems(exercise):
+    """What is wrong with the exercise itself: every mistake must be told apart."""
+    if isinstance(exercise, Stretch):  # there is nothing to compare with
+        return []
+    try:
+        found = [] if exercise._wanted else [f"{exercise}: no cases"]
+    except Exception as error:
+        return [f"{exercise}: the reference does not pass: {error}"]
+    for message, wrong in exercise._slips():
+        told = exercise._what_is_wrong(wrong)
+        if told != message:
+            found.append(f"{exercise}: mistake {message!r} is told {told!r}")
+    return found
+
+
 @pytest.mark.parametrize(("changes", "text"), SLIPS)
 def test_problems_names_a_slip_in_the_exercise_itself(changes, text):
     _, exercise = make(**changes)
-    assert text in exercise.problems()[0]
+    assert text in problems(exercise)[0]
 
 
 def test_bad_registrations():
@@ -445,7 +460,7 @@ def test_bad_registrations():
 
 @pytest.mark.parametrize("exercise", ALL, ids=str)
 def test_every_mistake_is_told_by_its_own_message(exercise, no_grad):
-    assert exercise.problems() == []
+    assert problems(exercise) == []
     assert len(exercise.mistakes) >= 3 or hasattr(exercise, "judge")
 
 

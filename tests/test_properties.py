@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from census.training import sharpest_drop
 from utils import attribution, heads, metrics, patching, toy, weights
 from utils.edits import sweep
 from utils.metrics import LogitDiff
@@ -123,7 +124,7 @@ def test_all_of_a_change_forms_over_the_whole_training(seed, n):
     parts = [toy.share_formed(steps, values, centre=10.0 * i + 5, width=10.0) for i in range(n)]
     assert whole == pytest.approx(1)
     assert sum(parts) == pytest.approx(1, abs=1e-3)
-    assert 0 <= toy.sharpest_drop(steps, values) <= steps[-1]
+    assert 0 <= sharpest_drop(steps, values) <= steps[-1]
 
 
 @FEW

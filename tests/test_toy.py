@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from census.training import sharpest_drop
 from induction_claims import CLAIMS
 from utils import toy
 from utils.ablation import mean_run
@@ -177,7 +178,7 @@ def test_sharpest_drop_is_the_steepest_stretch():
         pairs = [(i, i + window) for i in range(20 - window)]
         falls = [((loss[i] - loss[j]) / (steps[j] - steps[i]), i, j) for i, j in pairs]
         _, i, j = max(falls)
-        assert toy.sharpest_drop(steps, loss, window) == (steps[i] + steps[j]).item() / 2
+        assert sharpest_drop(steps, loss, window) == (steps[i] + steps[j]).item() / 2
 
 
 def test_share_formed_of_known_curves():
@@ -208,7 +209,7 @@ def test_a_smooth_exponential_is_no_phase_change(tau, noise):
     """Nor one with some noise: whatever its rate, there is no plateau before the steepest part."""
     steps, generator = torch.arange(0, 501, 10), torch.Generator().manual_seed(0)
     smooth = 1 - torch.exp(-steps / tau) + noise * torch.randn(51, generator=generator)
-    centre, width = toy.sharpest_drop(steps, -smooth, window=3), 125
+    centre, width = sharpest_drop(steps, -smooth, window=3), 125
     share = toy.share_formed(steps, smooth, centre, width)
     rates = toy.plateaus(steps, -smooth, centre, width)
     rule = CLAIMS["toy.phase_change"].holds
@@ -224,7 +225,7 @@ def test_a_smooth_s_fails_by_its_plateaus_alone(tau):
     steps = torch.arange(0, 501, 10)
     late = steps / tau
     smooth = 1 - torch.exp(-late) * sum(late**i / math.factorial(i) for i in range(5))
-    centre, width = toy.sharpest_drop(steps, -smooth, window=3), 125
+    centre, width = sharpest_drop(steps, -smooth, window=3), 125
     rates = toy.plateaus(steps, -smooth, centre, width)
     assert not any(map(math.isnan, rates)) and max(rates) > 1 / 3
     assert not CLAIMS["toy.phase_change"].holds(0.9, 0.9, *rates)
@@ -281,10 +282,10 @@ STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
         (lambda: toy.build_toy(0), "n_layers must be at least 1"),
         (lambda: toy.toy_batch(torch.Generator(), 0), "n_sequences must be at least 1"),
         (lambda: toy.train_toy(1, n_steps=0), "n_steps must be at least 1"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
-        (lambda: toy.sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),
-        (lambda: toy.sharpest_drop(STEPS.flip(0), LOSS, 1), "steps must rise"),
+        (lambda: sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
+        (lambda: sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
+        (lambda: sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),
+        (lambda: sharpest_drop(STEPS.flip(0), LOSS, 1), "steps must rise"),
         (lambda: toy.share_formed(STEPS, LOSS[:2], 10, 5), "values must be Float.* snapshot=3"),
         (lambda: toy.share_formed(STEPS, LOSS, 10, 0), "width must be positive"),
         (lambda: toy.share_formed(STEPS, torch.ones(3), 10, 5), "end where they began"),

@@ -15,6 +15,7 @@ import plotly.io as pio
 # less than 3:1 on white. Lines also differ by dash, bars by hatching.
 COLOURS = ["#0072B2", "#D55E00", "#008A64", "#B8508C", "#A06600", "#2A78AF", "#6B5900", "#404040"]
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+MAPS = "Blues"  # what is 0 or more, such as attention
 HATCHES = ["", "/", ".", "x"]
 MARK = dict(color="#444", dash="dash", width=1)
 AXIS = dict(gridcolor="#e6e6e6", linecolor="#888", ticks="outside", automargin=True)

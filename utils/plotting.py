@@ -30,6 +30,7 @@ from torch import Tensor
 from utils.look import (
     FEW,
     HATCHES,
+    MAPS,
     MARK,
     PNG_WIDTH,
     beside,
@@ -88,7 +89,7 @@ def heatmap(
     finite = stack[np.isfinite(stack)]
     high = limit or float((abs(finite) if diverging else finite).max(initial=0)) or 1.0
     scale = dict(zmin=-high if diverging else float(finite.min(initial=0)), zmax=high)
-    colours = "RdBu_r" if diverging else "Blues"
+    colours = "RdBu_r" if diverging else MAPS
     look = dict(color_continuous_scale=colours, aspect="auto", facet_col_spacing=0.04, **scale)
     fig = px.imshow(stack, facet_col=0, labels=dict(x=x_label, y=y_label, color=""), **look)
     place = f"{y_label or 'row'}: %{{y}}<br>{x_label or 'column'}: %{{x}}"

@@ -1,8 +1,8 @@
 """Attention-only toys: build, train and watch one- and two-layer models learn to repeat.
 
 run = train_toy(n_layers=2, seed=0)
-run.steps, run.second_loss, run.prefix_matching      # one entry per snapshot
-sharpest_drop(run.steps, run.second_loss, window=2)  # the step where the loss falls fastest
+run.steps, run.second_loss, run.prefix_matching  # one entry per snapshot
+share_formed(run.steps, run.second_loss, centre=250, width=100)  # how much of the fall is there
 """
 
 import math
@@ -154,24 +154,6 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
     model.enable_compatibility_mode()
     over_time = {name: torch.stack([one[name] for one in snapshots]) for name in snapshots[0]}
     return ToyRun(model, held_out, **over_time)
-
-
-@checked
-def sharpest_drop(
-    steps: Int[Tensor, "snapshot"], loss: Float[Tensor, "snapshot"], window: int = 2
-) -> float:
-    """The step at which the loss falls fastest: the middle of the steepest `window` snapshots.
-
-    The slope over `window` intervals is that of the loss smoothed over as many snapshots. Raises
-    ValueError for unequal lengths, steps that do not rise, a window that does not fit, or a loss
-    that is nan, as that of a training which diverged.
-    """
-    if not 1 <= window < len(steps):
-        raise ValueError(f"window must be between 1 and {len(steps) - 1}, got {window}")
-    _check_rising(steps)
-    fall = (loss[:-window] - loss[window:]) / (steps[window:] - steps[:-window])
-    start = int(fall.argmax())
-    return (steps[start] + steps[start + window]).item() / 2
 
 
 @checked

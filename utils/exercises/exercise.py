@@ -25,7 +25,7 @@ In the notebook the check is a decorator on the stub, so that running the cell c
 It prints one line, never raises, and gives back a function: the learner's if it is right, the
 library's until then. Mistakes are told by name; what nobody listed, by `diagnosis`.
 Where the answer is a hook, `run=run_hook` makes its output a tensor. A mistake whose output equals
-the right one would condemn right answers: `Exercise.problems()` lists such slips.
+the right one would condemn right answers: `tests/test_exercises.py` finds such slips.
 """
 
 import inspect
@@ -135,18 +135,6 @@ class Exercise:
 
         named.__name__, named.checked_by = self.name, self.name
         return named
-
-    def problems(self) -> list[str]:
-        """What is wrong with the exercise itself (for tests): every mistake must be told apart."""
-        try:
-            found = [] if self._wanted else [f"{self}: no cases"]
-        except Exception as error:
-            return [f"{self}: the reference does not pass: {error}"]
-        for message, wrong in self._slips():
-            told = self._what_is_wrong(wrong)
-            if told != message:
-                found.append(f"{self}: mistake {message!r} is told {told!r}")
-        return found
 
     def _slips(self) -> Iterator[tuple[str, Callable]]:
         """What to tell, and a function that errs so, one at a time."""
@@ -298,10 +286,6 @@ class Stretch(Exercise):
         """Print one line and give the answer back: nothing below uses it."""
         super().__call__(answer)
         return answer
-
-    def problems(self) -> list[str]:
-        """None: there is nothing to compare with."""
-        return []
 
     def _what_is_wrong(self, answer: Callable) -> str | None:
         @wraps(answer)

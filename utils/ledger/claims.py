@@ -35,7 +35,8 @@ class Claim(NamedTuple):
     """A published claim and our rule, in words and computed; the published figure decides nothing.
 
     `holds` takes what the notebook records, the reported figure first, and gives True, False, or
-    None where the figures cannot tell (`utils.ledger.rules`).
+    None where the figures cannot tell (`utils.ledger.rules`). `rule` says the same in words; what
+    follows "Holds when " in it stands beside the verdict.
     """
 
     statement: str

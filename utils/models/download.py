@@ -4,7 +4,6 @@ It runs in a process of its own, which can be ended whatever it hangs on.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils.sha import git_hash
 from tqdm.auto import tqdm
 
 from utils.models.folder import file_sha256
@@ -118,9 +118,7 @@ def _is_as_named(blob: Path) -> bool:
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         return file_sha256(blob) == blob.name
     if re.fullmatch("[0-9a-f]{40}", blob.name):
-        content = blob.read_bytes()
-        header = b"blob %d\0" % len(content)
-        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == blob.name
+        return git_hash(blob.read_bytes()) == blob.name
     return True
 
 

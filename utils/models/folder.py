@@ -116,11 +116,8 @@ def from_pretrained(folder: Path, **options: str) -> Weights:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path) -> str:

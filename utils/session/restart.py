@@ -1,7 +1,6 @@
 """After a restart: a name that is not there yet is told with the cell that makes it."""
 
 import json
-import os
 import re
 import symtable
 import sys
@@ -30,13 +29,6 @@ def explain_missing_names(notebook: Path) -> None:
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     shell.set_custom_exc((NameError, ModuleNotFoundError), explain)
-
-
-def explain_in_session() -> None:
-    """The same in a kernel that a Jupyter server has started on a notebook in `my/`."""
-    notebook = ROOT / "my" / Path(os.environ.get("JPY_SESSION_NAME", "")).name
-    if notebook.is_file():
-        explain_missing_names(notebook)
 
 
 def where_made(notebook: Path) -> dict[str, str]:

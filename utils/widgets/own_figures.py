@@ -10,10 +10,10 @@ from plotly.subplots import make_subplots
 
 from utils.diagram import LOWERS, RAISES
 from utils.heads import Head
-from utils.look import COLOURS, escaped, titled
+from utils.look import COLOURS, MAPS, escaped, titled
 from utils.widgets.own_text import EndRun, TextRun
 
-ATTENTION = dict(zmin=0, zmax=1, colorscale="Blues", showscale=False)
+ATTENTION = dict(zmin=0, zmax=1, colorscale=MAPS, showscale=False)
 ATTENTION |= dict(hovertemplate="%{y} to %{x}: %{z:.2f}<extra></extra>")
 
 

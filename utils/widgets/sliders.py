@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from utils.circuit import Node, node_label
-from utils.look import COLOURS, by_layer, line_looks, titled
+from utils.look import COLOURS, MAPS, by_layer, line_looks, titled
 from utils.metrics import Estimate
 from utils.toy import ToyRun
 from utils.typed import checked
@@ -74,7 +74,7 @@ def toy_training(run: ToyRun, at: float) -> go.Figure:
     percent = (100 * run.patterns).round().byte().flatten(1, 2).numpy()
     for i, head in enumerate(heads):
         hover = f"{head}, from %{{y}} to %{{x}}: %{{z}} %<extra></extra>"
-        scale = dict(zmin=0, zmax=100, colorscale="Blues", showscale=False, hovertemplate=hover)
+        scale = dict(zmin=0, zmax=100, colorscale=MAPS, showscale=False, hovertemplate=hover)
         figure.add_heatmap(**scale, row=1 + i // n_heads, col=1 + i % n_heads)
     scores = run.prefix_matching.flatten(1)
     curves = {"first copy": run.first_loss, "second copy": run.second_loss}
