@@ -189,6 +189,7 @@ def rows(kit):
         "edits.heads_from": dict(
             model=model, heads=heads, source=kit.on_abc, site="z", at=tokens == 11
         ),
+        "edits.each_head_from": dict(model=model, heads=heads, source=kit.on_abc, site="z"),
         "edits.stream_from": dict(
             model=model, layer=1, source=0.0, site="resid_pre", at=tokens == 11
         ),
@@ -642,6 +643,7 @@ RIGHT = {
     ("circuit.knock_out", "means"): {*FIT, "of another model"},
     ("circuit.outside", "means"): {*FIT, "of another model"},
     ("edits.heads_from", "source"): FIT,
+    ("edits.each_head_from", "source"): FIT,
     ("edits.nodes_from", "source"): {*FIT, "of another model"},
     ("edits.heads_from", "at"): {"empty"},
     ("edits.stream_from", "at"): {"empty"},
@@ -683,6 +685,7 @@ RIGHT = {
     ("attribution.attention_at", "heads"): {"twice"},
     ("attribution.attention_table", "heads"): {"twice"},
     ("edits.heads_from", "heads"): {"twice"},
+    ("edits.each_head_from", "heads"): {"twice"},
     ("heads.check_heads", "heads"): {"twice"},
     ("patching.patch_heads", "heads"): {"twice"},
     ("paths.path_patch", "senders"): {"twice"},

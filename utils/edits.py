@@ -193,15 +193,16 @@ def heads_from(
     by_layer = defaultdict(list)
     for layer, head in check_heads(model, heads, site):
         by_layer[layer].append(head)
-    axes = "prompt head pos 1" if site == "pattern" else "prompt pos head 1"
-    edits = []
-    for layer, chosen in by_layer.items():
-        is_head = torch.zeros(n_site_heads(model, site), dtype=torch.bool)
-        is_head[chosen] = True
-        where = _places(at)[..., None] & is_head
-        places = rearrange(where, f"prompt pos head -> {axes}")
-        edits.append(_edit(layer, site, places, source, model))
-    return edits
+    return [_of_layer(model, layer, own, source, site, at) for layer, own in by_layer.items()]
+
+
+@checked
+def each_head_from(
+    model: TransformerBridge, heads: Iterable[tuple[int, int]], source: Run | float, site: str = "z"
+) -> list[list[Edit]]:
+    """`heads_from` of each head alone, for a sweep: the model is checked once. Raises likewise."""
+    chosen = check_heads(model, heads, site)
+    return [[_of_layer(model, layer, [head], source, site)] for layer, head in chosen]
 
 
 @checked
@@ -283,6 +284,22 @@ def check_sweep(
 def hook_name(layer: int, site: str) -> str:
     """The name of a layer's hook point at a site; "out" is what attention gives, before a norm."""
     return f"blocks.{layer}.{'attn.' if site in (*HEAD_SITES, 'out') else ''}hook_{site}"
+
+
+def _of_layer(
+    model: TransformerBridge,
+    layer: int,
+    heads: Sequence[int],
+    source: Run | float,
+    site: str,
+    at: Bool[Tensor, "prompt pos"] | None = None,
+) -> Edit:
+    """The edit of some heads of one layer."""
+    is_head = torch.zeros(n_site_heads(model, site), dtype=torch.bool)
+    is_head[list(heads)] = True
+    axes = "prompt head pos 1" if site == "pattern" else "prompt pos head 1"
+    where = rearrange(_places(at)[..., None] & is_head, f"prompt pos head -> {axes}")
+    return _edit(layer, site, where, source, model)
 
 
 def _places(at: Bool[Tensor, "prompt pos"] | None) -> Bool[Tensor, "prompt pos"]:

@@ -116,6 +116,7 @@ def cache_heads(
 ) -> ActivationCache:
     """Run once and keep only these sites of every layer: "q", "k", "v", "pattern" or "z".
 
+    To look at: weights need not be folded (`edits.record` keeps what edits take their values from).
     Raises ValueError for another site, and as `check_tokens`.
     """
     check_tokens(model, tokens)

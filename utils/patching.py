@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.checks import indices
-from utils.edits import check_sweep, heads_from, only_at, record, stream_from, sweep
+from utils.edits import check_sweep, each_head_from, only_at, record, stream_from, sweep
 from utils.heads import all_heads, check_heads, n_site_heads
 from utils.typed import checked
 
@@ -42,7 +42,7 @@ def patch_heads(
     chosen = all_heads(model, site) if heads is None else check_heads(model, heads, site)
     top = max(head.layer for head in chosen)  # what lies above needs no recording
     from_clean = record(model, clean, [site], n_layers=top + 1)
-    patches = [heads_from(model, [head], from_clean, site) for head in chosen]
+    patches = each_head_from(model, chosen, from_clean, site)
     values = sweep(model, corrupted, metric, patches, desc="patching").T
     return values if heads is not None else values.unflatten(1, (model.cfg.n_layers, n_heads))
 

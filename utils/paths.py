@@ -67,9 +67,8 @@ def path_patch(
         # a sender that is not below a receiver changes nothing
         below = [head for head in dict.fromkeys(senders) if head.layer < top]
         runs = _arriving(model, original, below, targets, site, positions, from_original, from_new)
-        put = {
-            s: heads_from(model, targets, run, site, at) for s, run in zip(below, runs, strict=True)
-        }
+        put = heads_from(model, targets, 0.0, site, at)  # checks the model once
+        put = {s: [e._replace(source=r) for e in put] for s, r in zip(below, runs, strict=True)}
         edits = [put.get(sender, []) for sender in senders]
         values = sweep(model, original, metric, edits, desc="path patching")
     else:

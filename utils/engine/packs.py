@@ -127,7 +127,8 @@ def first_change(
         source_tokens = getattr(edit.source, "tokens", None)
         if source_tokens is not None and source_tokens.shape == tokens.shape:
             if list(map(id, edit.source.edits)) == list(map(id, base)):
-                # the same edits on both: left of the first token that differs, the runs agree
+                # one and the same edits (an equal edit may be of a tensor that was changed since):
+                # left of the first token that differs, the runs agree
                 changed = changed & (source_tokens != tokens).any(0).cumsum(0).bool().cpu()
         if changed.any():
             found.append((int(changed.int().argmax()), layer_of(edit.name)))
