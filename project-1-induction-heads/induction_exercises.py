@@ -610,11 +610,13 @@ def _after_change(answer: Callable, rescue: bool) -> tuple[float, Tensor, int]:
     try:
         with torch.no_grad():
             answer(model, rescue)
-        loss = metrics.per_token_loss(model, tokens)
         by_head = [w.detach().flatten(2) for w in (model.W_Q, model.W_K, model.W_V, model.W_O)]
         pairs = zip(model.parameters(), watched.weights[0], strict=True)
-        fine = loss.isfinite().all()
-        second = metrics.half_losses(loss, toy.LONGEST).second.mean().item() if fine else math.nan
+        second = math.nan  # where the weights are none, or give a loss that is none
+        if all(weight.isfinite().all() for weight in model.parameters()):
+            loss = metrics.per_token_loss(model, tokens)
+            if loss.isfinite().all():
+                second = metrics.half_losses(loss, toy.LONGEST).second.mean().item()
         return second, torch.cat(by_head, dim=-1), sum(int((a != b).sum()) for a, b in pairs)
     finally:
         watched.undo()

@@ -17,6 +17,7 @@ from utils.ledger.results import decimals, merge_seeds, others, read_json, why, 
 from utils.ledger.rules import above, at_least, below, every
 from utils.ledger.table import LedgerTable, Rule
 from utils.metrics import Estimate
+from utils.models.offline import GGUF_IS
 
 
 def loss(figure):
@@ -355,7 +356,8 @@ def test_markdown(tmp_path):
     text = markdown_table(tmp_path / "m.json")
     assert text == markdown_table(data)
     assert text == (
-        "Model: `smollm2-135m`; torch 2.\n\n1 of 2 claims hold, 1 does not.\n\n"
+        f"Model: `smollm2-135m` ({GGUF_IS}); torch 2.\n\n"
+        "1 of 2 claims hold, 1 does not.\n\n"
         "| verdict | claim | what is measured | published | ours ± standard error (n) |\n"
         "| --- | --- | --- | --- | --- |\n"
         "| ✓ holds | a \\| b | score, −1 to 1 | 3.56 (gpt2-small) | 0.500 ± 0.010 (n = 8) |\n"
@@ -372,7 +374,7 @@ def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
     ]
     text = summary(run(*claims), ["lm.a"])
     assert text == (
-        "**1 of 2 claims hold, 1 does not** for `smollm2-135m`.\n\n"
+        f"**1 of 2 claims hold, 1 does not** for `smollm2-135m` ({GGUF_IS}). Some of them:\n\n"
         "- ✓ It is small.<br>Ours: 0.000.\n\n"
         "<details><summary>Claims that do not hold</summary>\n\n"
         "- It is large.<br>Ours: 0.100, with bound 0.200.\n\n</details>\n"

@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tools import (
     drawings,
@@ -155,9 +155,9 @@ def test_outputs_rewrites_notebook_results_pictures_and_tables(project):
     assert markdown_table(ledger) in (text := readme.read_text())
     assert "stale" not in text and text.endswith("end\n")
     summary = (
-        "**1 of 2 claims hold, 1 is undecided** for `tiny`.\n\n",
-        "- ✓ It falls. Ours: 0.250 ± 0.010 (n = 8).\n",
-        "<summary>Claims that are undecided</summary>\n\n- It copies. Ours: 0.600",
+        "**1 of 2 claims hold, 1 is undecided** for `tiny`. Some of them:\n\n",
+        "- ✓ It falls.<br>Ours: 0.250 ± 0.010 (n = 8).\n",
+        "<summary>Claims that are undecided</summary>\n\n- It copies.<br>Ours: 0.600",
     )
     assert all(line in top.read_text() for line in summary)
 
@@ -205,7 +205,7 @@ def test_flat_areas_of_a_stored_picture_keep_their_colours_and_edges_share_a_few
     bar = Image.new("RGB", (200, 300), "white")  # of colours, one in a row, as browsers draw it:
     for x, y in itertools.product(range(50, 78), range(300)):  # give or take one
         bar.putpixel((x, y), (y * 255 // 300 + (x * y) % 2, 80, 200))
-    assert len(pictures.with_palette(bar).getcolors()) >= pictures.ROWS
+    assert len(pictures.with_palette(bar).getcolors()) >= pictures.BAR  # and shows no bands
     many = Image.merge("RGB", [Image.linear_gradient("L"), *Image.radial_gradient("L").split() * 2])
     many = pictures.with_palette(many.resize((768, 768), Image.Resampling.NEAREST))
     assert len(many.getcolors()) <= 256
@@ -220,6 +220,14 @@ def test_a_dark_variant_keeps_hues_and_turns_lightness():
     assert dark.getpixel((39, 19)) == pictures.DARK_PAGE and dark.getpixel((25, 5)) == (255,) * 3
     red, green, blue = dark.getpixel((5, 5))
     assert red > 200 and red > blue > green
+    scale = Image.new("RGB", (6, 1))
+    for x, code in enumerate(("#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f", "#d55e00")):
+        scale.putpixel((x, 0), ImageColor.getrgb(code))
+    with Image.open(BytesIO(pictures.darkened(pictures.png(scale)))) as drawn:
+        *reds, orange = (drawn.convert("RGB").getpixel((x, 0)) for x in range(6))
+    assert reds == sorted(reds)  # the farther from zero, the brighter
+    assert all(red > 1.8 * green and abs(green - blue) < 10 for red, green, blue in reds)
+    assert orange[1] > orange[2] + 50
 
 
 def test_numbers_of_a_stored_figure_are_in_single_precision():
@@ -245,7 +253,8 @@ def test_a_stored_picture_is_light_and_in_words():
     notebook = new_notebook(cells=[new_code_cell(outputs=[new_output("display_data", data)])])
     notebook_outputs.clean(notebook)
     (output,) = notebook.cells[0].outputs
-    words = "T. y against x. a: from 1 at 1 to 2 at 2; b: from 0 at 1 to 1 at 2"
+    words = "T. Lines over x: a and b rise. y against x. a: from 1 at 1 to 2 at 2; "
+    words += "b: from 0 at 1 to 1 at 2"
     shown = {"width": 200, "height": 200, "alt": words}
     assert output.metadata["image/png"] == shown
     with Image.open(BytesIO(base64.b64decode(output.data["image/png"]))) as picture:

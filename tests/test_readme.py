@@ -19,10 +19,10 @@ def test_it_counts_the_exercises():
 
 def test_the_exercise_shown_is_told_what_is_shown(capsys):
     section = README.partition("### An exercise, once round\n")[2].partition("\n## ")[0]
-    stub, *said = re.findall(r"```(?:python|text)?\n(.*?)```", section, re.DOTALL)
-    answers = re.findall(r"`(-logits.*?)`", section)
-    body = "raise NotImplementedError()"
-    sources = [stub, *(stub.replace(body, f"return {answer}") for answer in answers)]
+    stub, *answers = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    said = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    body = "    raise NotImplementedError()\n"
+    sources = [stub, *(stub.replace(body, answer) for answer in answers)]
     for source, words in zip(sources, said, strict=True):
         exec(source, {"checks": checks, "torch": torch})
         assert capsys.readouterr().out.split() == words.split()

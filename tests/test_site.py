@@ -1,6 +1,7 @@
 """The site: every link leads somewhere, nothing is fetched from elsewhere, everything is drawn."""
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -275,6 +276,21 @@ def test_on_a_phone_panels_stand_below_each_other_and_titles_fit(opened):
         text = figure.locator(".gtitle").bounding_box()
         assert text["x"] + text["width"] <= 390 and text["y"] + text["height"] < upper["y"]
         assert figure.locator(".modebar-btn").count() == 0
+
+
+@needs_chromium
+def test_on_a_phone_rows_of_a_wide_table_are_cards_whose_cells_have_names(opened):
+    page = opened(INDUCTION.rpartition("/")[0] + "/index", 1280)
+    assert page.locator("table.cards").count() == 0
+    page.set_viewport_size(dict(width=390, height=900))
+    cells = page.locator("table.cards tbody tr").first.locator("td")
+    names = ["verdict", "claim", "what is measured", "published", "ours ± standard error (n)"]
+    assert [cell.get_attribute("data-label") for cell in cells.all()] == names
+    boxes = [cell.bounding_box() for cell in cells.all()]
+    assert all(a["y"] + a["height"] <= b["y"] for a, b in itertools.pairwise(boxes))
+    assert max(box["x"] + box["width"] for box in boxes) <= 390
+    page.set_viewport_size(dict(width=1280, height=900))
+    assert page.locator("table.cards").count() == 0
 
 
 @needs_chromium

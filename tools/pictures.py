@@ -6,13 +6,12 @@ from io import BytesIO
 
 import numpy as np
 import oxipng
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 # Flat areas (bars, cells of a map, the page) have the colours that they were drawn in, up to so
 # many, and a colour bar has enough to show no bands. Edges of letters and lines, where most of the
 # bytes go, share a few, those that run along a row some more.
-BAR, FLAT, ROWS, EDGES = 64, 156, 24, 11
+BAR, FLAT, ROWS, EDGES = 56, 156, 12, 10
 FINE = 64, 96, 16, 80  # the same for a picture that may be larger
 DARK_PAGE = (13, 17, 23)
 # Reds on a dark page, by their lightness on a light one: as page/figures.js has them.
@@ -48,11 +47,17 @@ def with_palette(
 
 
 def _shaded(rgb: np.ndarray) -> np.ndarray:
-    """Where colours change from row to row, but slowly, as in a colour bar."""
-    steps = np.zeros(rgb.shape[:2], np.int16)
-    steps[1:] = abs(np.diff(rgb.astype(np.int16), axis=0)).max(-1)
-    around = sliding_window_view(np.pad(steps, ((4, 3), (0, 0)), mode="edge"), 8, axis=0)
-    return (around.max(-1) <= 4) & (around.sum(-1) > 0)
+    """Where colours change slowly, one way and every few rows: as in a colour bar."""
+    rgb, n = rgb.astype(np.int16), 24  # rows that are looked at
+    steps = abs(np.diff(rgb, axis=0)).max(-1)
+
+    def in_rows(values: np.ndarray) -> np.ndarray:
+        total = np.cumsum(np.pad(values, ((1, 0), (0, 0))), axis=0, dtype=np.int32)
+        return total[n:] - total[:-n]
+
+    across = abs(rgb[n:] - rgb[:-n]).max(-1)
+    slow = (in_rows(steps > 4) == 0) & (in_rows(steps > 0) > 2)
+    return np.pad(slow & (across > 0.5 * in_rows(steps)), ((n // 2, n // 2), (0, 0)))
 
 
 def _blocks(rgb: np.ndarray, n_down: int, n_right: int, off: int = 0) -> np.ndarray:

@@ -94,6 +94,7 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
     if unknown := [i for i in claim_ids if i not in claims]:
         raise ValueError(f"claim_ids: got {unknown}, have {', '.join(claims)}")
     lines = [f"**{counts(claims.values())}** for {in_full(ledger['model'])}.", ""]
+    lines[0] += " Some of them:" * bool(claim_ids)
     theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
     for claim in (claims[i] for i in claim_ids):
         _, published, ours = cells(claim)
