@@ -168,8 +168,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: mean copying score of the induction heads' whole output, -1 to 1 on the "
         "paper's scale. Holds when there are induction heads and their mean is above zero, and "
         "less that of all heads on the same prompts above zero.",
-        holds=lambda copying, over_all_heads, induction: every(
-            bool(induction), above(copying, 0), above(over_all_heads, 0)
+        holds=lambda copying, beyond_all_heads, induction: every(
+            bool(induction), above(copying, 0), above(beyond_all_heads, 0)
         ),
     ),
     "lm.copying_in_total": Claim(
@@ -181,8 +181,8 @@ CLAIMS: dict[str, Claim] = {
         "logit (above the mean logit) on the second copy. Holds when it is above zero, above that "
         "of as many random heads of the same layers, and above two times what the set writes to "
         "that logit directly.",
-        holds=lambda total, over_control, over_twice_direct: every(
-            above(total, 0), above(over_control, 0), above(over_twice_direct, 0)
+        holds=lambda total, beyond_control, beyond_twice_direct: every(
+            above(total, 0), above(beyond_control, 0), above(beyond_twice_direct, 0)
         ),
     ),
     "lm.previous_token_heads": Claim(
@@ -238,8 +238,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: change of the in-context-learning score under mean ablation of the largest "
         "set, in nats. Holds when more than half of the score is gone, text by text, and the "
         "difference from the random control's change is above zero.",
-        holds=lambda change, over_half, above_control: every(
-            above(over_half, 0), above(above_control, 0)
+        holds=lambda change, beyond_half_the_score, beyond_control: every(
+            above(beyond_half_the_score, 0), above(beyond_control, 0)
         ),
         needs=("lm.icl_score",),
     ),
@@ -251,8 +251,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: rise of the loss on tokens that repeat an earlier bigram under mean "
         "ablation of the largest set, in nats. Holds when it is above zero, above ten times the "
         "rise on the other tokens, and above the random control's rise on the same tokens.",
-        holds=lambda rise, over_ten_times_others, over_control: every(
-            above(rise, 0), above(over_ten_times_others, 0), above(over_control, 0)
+        holds=lambda rise, beyond_ten_times_others, beyond_control: every(
+            above(rise, 0), above(beyond_ten_times_others, 0), above(beyond_control, 0)
         ),
     ),
     "lm.pattern_matching": Claim(
@@ -299,8 +299,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: K-composition of the head with the highest previous-token score, mean over "
         "the induction heads. Holds when there are heads of both kinds, and less that of the "
         "highest head without the role, below the same induction heads, it is above zero.",
-        holds=lambda best, over_best_other, previous, induction: every(
-            bool(previous and induction), above(over_best_other, 0)
+        holds=lambda best, beyond_best_other, previous, induction: every(
+            bool(previous and induction), above(beyond_best_other, 0)
         ),
     ),
 }

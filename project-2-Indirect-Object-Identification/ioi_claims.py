@@ -130,8 +130,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: copy score (top 5) of the name movers, on what they read in the prompt, "
         "each weighed by the size of its path effect. Holds when there are name movers, it is "
         "above 0.8, and less twice the mean of all heads on the same prompts above zero.",
-        holds=lambda score, over_twice_all, movers: every(
-            bool(movers), above(score, 0.8), above(over_twice_all, 0)
+        holds=lambda score, beyond_twice_all_heads, movers: every(
+            bool(movers), above(score, 0.8), above(beyond_twice_all_heads, 0)
         ),
         needs=TASK,
     ),
@@ -143,8 +143,8 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: copy score of the negative name movers with their output turned round, "
         "each weighed by the size of its path effect. Holds when there are such heads, it is above "
         "0.8, and less twice the mean of all heads on the same prompts above zero.",
-        holds=lambda score, over_twice_all, negative: every(
-            bool(negative), above(score, 0.8), above(over_twice_all, 0)
+        holds=lambda score, beyond_twice_all_heads, negative: every(
+            bool(negative), above(score, 0.8), above(beyond_twice_all_heads, 0)
         ),
         needs=TASK,
     ),
@@ -379,10 +379,10 @@ CLAIMS: dict[str, Claim] = {
         rule="Measured: mean logit difference with an extra sentence about the indirect object. "
         "Holds when in each order of names it is below that with one about a third name, and below "
         "that with one about the subject: all four differences are above zero.",
-        holds=lambda about_io, below_third_ABBA, below_third_BABA, below_s_ABBA, below_s_BABA: (
+        holds=lambda about_io, third_beyond_ABBA, third_beyond_BABA, s_beyond_ABBA, s_beyond_BABA: (
             every(
-                *(above(less, 0) for less in (below_third_ABBA, below_third_BABA)),
-                *(above(less, 0) for less in (below_s_ABBA, below_s_BABA)),
+                *(above(less, 0) for less in (third_beyond_ABBA, third_beyond_BABA)),
+                *(above(less, 0) for less in (s_beyond_ABBA, s_beyond_BABA)),
             )
         ),
         needs=TASK,
