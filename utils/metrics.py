@@ -28,11 +28,11 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        if math.isnan(self.stderr):
-            return f"{self.mean:.2f}"
         # two digits at least, and as many as it takes for the error not to print as zero
-        digits = 2 if self.stderr == 0 else max(2, -math.floor(math.log10(self.stderr)))
-        return f"{self.mean:.{digits}f} ± {self.stderr:.{digits}f}"
+        known = self.stderr > 0 and not math.isnan(self.stderr)
+        digits = max(2, -math.floor(math.log10(self.stderr))) if known else 2
+        mean = f"{round(self.mean, digits) + 0.0:.{digits}f}"  # no minus before a zero
+        return mean if math.isnan(self.stderr) else f"{mean} ± {self.stderr:.{digits}f}"
 
 
 class HalfLosses(NamedTuple):
