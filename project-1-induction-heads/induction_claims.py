@@ -38,7 +38,7 @@ CLAIMS: dict[str, Claim] = {
         f"{OLSSON}, argument 1",
         published="tokens that repeat",
         published_model="models of 2 or more layers",
-        quantity="share of the change that is in the second copy",
+        quantity="share of the change in the second copy but its first token",
         rule="Measured: of the change of all single tokens' losses across the window (sum of "
         "sizes), the share that is a fall in the second copy, its first token left out. Holds when "
         "it is above 0.75.",
@@ -166,8 +166,8 @@ CLAIMS: dict[str, Claim] = {
         published_model="40 layers, three example heads",
         quantity="mean copying score of the induction heads, -1 to 1",
         rule="Measured: mean copying score of the induction heads' whole output, -1 to 1 on the "
-        "paper's scale. Holds when there are induction heads and their mean is above zero, and "
-        "less that of all heads on the same prompts above zero.",
+        "paper's scale. Holds when there are induction heads and their mean is above zero, "
+        "also when that of all heads on the same prompts is taken off.",
         holds=lambda copying, beyond_all_heads, induction: every(
             bool(induction), above(copying, 0), above(beyond_all_heads, 0)
         ),
@@ -297,8 +297,8 @@ CLAIMS: dict[str, Claim] = {
         published_model="ARENA's 2-layer attention-only model",
         quantity="K-composition score",
         rule="Measured: K-composition of the head with the highest previous-token score, mean over "
-        "the induction heads. Holds when there are heads of both kinds, and less that of the "
-        "highest head without the role, below the same induction heads, it is above zero.",
+        "the induction heads. Holds when there are heads of both kinds, and it is above zero when "
+        "that of the highest head without the role, below the same induction heads, is taken off.",
         holds=lambda best, beyond_best_other, previous, induction: every(
             bool(previous and induction), above(beyond_best_other, 0)
         ),

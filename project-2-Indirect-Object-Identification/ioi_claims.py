@@ -129,7 +129,8 @@ CLAIMS: dict[str, Claim] = {
         quantity="copy score of the name movers, 0 to 1",
         rule="Measured: copy score (top 5) of the name movers, on what they read in the prompt, "
         "each weighed by the size of its path effect. Holds when there are name movers, it is "
-        "above 0.8, and less twice the mean of all heads on the same prompts above zero.",
+        "above 0.8, and above zero when twice the mean of all heads on the same prompts is taken "
+        "off.",
         holds=lambda score, beyond_twice_all_heads, movers: every(
             bool(movers), above(score, 0.8), above(beyond_twice_all_heads, 0)
         ),
@@ -142,7 +143,7 @@ CLAIMS: dict[str, Claim] = {
         quantity="copy score of the output turned round, 0 to 1",
         rule="Measured: copy score of the negative name movers with their output turned round, "
         "each weighed by the size of its path effect. Holds when there are such heads, it is above "
-        "0.8, and less twice the mean of all heads on the same prompts above zero.",
+        "0.8, and above zero when twice the mean of all heads on the same prompts is taken off.",
         holds=lambda score, beyond_twice_all_heads, negative: every(
             bool(negative), above(score, 0.8), above(beyond_twice_all_heads, 0)
         ),
@@ -242,7 +243,7 @@ CLAIMS: dict[str, Claim] = {
         "Those that take over had no part before, and look where the paper's backup name movers do",
         f"{WANG}, section 3.4 and appendix F",
         published="8 heads of 4 kinds",
-        quantity="share that heads of the four kinds write",
+        quantity="share of the gain by such heads without a role before",
         rule="Measured: of what the heads that step in write more for the answer, the share that "
         "comes from heads without a role that are of one of the four kinds. Holds when it is above "
         "half and there are name movers and heads that step in.",

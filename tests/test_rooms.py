@@ -73,7 +73,7 @@ LINES = {
     "project-2-Indirect-Object-Identification/ioi_exercises_patching.py": 710,
     "project-2-Indirect-Object-Identification/ioi_experiments.py": 375,
     "project-2-Indirect-Object-Identification/ioi_slips.py": 165,
-    "project-2-Indirect-Object-Identification/*_claims.py": 400,
+    "project-2-Indirect-Object-Identification/*_claims.py": 402,
     "census/*.py": 1038,
     "census/lean/*.py": 8,
     "tools/*.py": 2950,
