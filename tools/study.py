@@ -1,4 +1,4 @@
-"""What takes too long for the IOI notebook: circuits by search, and a step further back.
+"""What takes too long for the IOI notebook: circuits by search, and what feeds the early heads.
 
     python -m tools.study [PART ...]      PART: search, judge, worst, back; none means all
 
