@@ -365,6 +365,10 @@ def test_markdown(tmp_path):
         "| role | heads |\n| --- | --- |\n"
         "| previous token | L3H4 |\n| duplicate token | none |\n"
     )
+    theirs = markdown_table(data, run(entry("lm.a", 0.4, holds=False))).split("\n")
+    assert theirs[4].endswith("| ours ± standard error (n) | ours on gpt2-small |")
+    assert theirs[6].endswith("| 0.500 ± 0.010 (n = 8) | ✗ does not hold 0.400 |")
+    assert theirs[7].endswith("| 0.250 ± 0.000 (n = 5 seeds) | – |")
 
 
 def test_summary_names_failures_and_shows_the_papers_model_beside_ours():

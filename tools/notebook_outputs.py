@@ -203,12 +203,13 @@ def with_tables(readme: Path) -> str:
         if not files:
             raise ValueError(f"{readme}: no results in {folder}")
         ledgers = {path.stem: read_json(path) for path in files}
+        papers = ledgers.get(PAPERS)
+        ours = [x for x in ledgers.values() if x is not papers]
         if kind == "summary":
-            papers = ledgers.get(PAPERS)
-            ours = [x for x in ledgers.values() if x is not papers] or [papers]
-            texts = [summary(ledger, claims, papers) for ledger in ours]
-        else:
-            texts = [markdown_table(ledger) for ledger in ledgers.values()]
+            texts = [summary(ledger, claims, papers) for ledger in ours or [papers]]
+        else:  # the papers' model: a column of each table, and a table of its own
+            texts = [markdown_table(ledger, papers) for ledger in ours]
+            texts += [markdown_table(papers)] if papers else []
         return start + "\n" + "\n".join(texts) + "\n" + end
 
     return MARKED.sub(replace, readme.read_text(encoding="utf-8"))

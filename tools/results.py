@@ -130,23 +130,31 @@ def with_others(claim: dict) -> str:
     return cells(claim)[2] + (f"{';' if more.startswith('holds') else ','} {more}" if more else "")
 
 
-def markdown_table(ledger: dict | Path) -> str:
-    """The ledger's claims and heads as Markdown, for a README."""
+def markdown_table(ledger: dict | Path, papers: dict | None = None) -> str:
+    """The ledger's claims and heads as Markdown, for a README.
+
+    `papers` is the ledger of the papers' own model, if a run of it is committed: one more column.
+    """
     data = ledger if isinstance(ledger, dict) else read_json(ledger)
+    theirs = {claim["id"]: claim for claim in papers["claims"]} if papers else {}
+    head = ["verdict", "claim", "what is measured", "published", "ours ± standard error (n)"]
+    rows = [head + [f"ours on {PAPERS}"] * bool(theirs)]
+    rows.append(["---"] * len(rows[0]))
+    for c in data["claims"]:
+        verdict_, published, _ = cells(c)
+        row = [verdict_, c["statement"], quantity(c) or "–", published, with_others(c)]
+        if theirs:
+            other = theirs.get(c["id"])
+            row.append(" ".join(cells(other)[::2]) if other else "–")
+        rows.append([_escape(text) for text in row])
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     lines = [
-        f"Model: {in_full(data['model'])}; "
-        + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
-        + ".",
+        f"Model: {in_full(data['model'])}; {versions}.",
         "",
         f"{counts(data['claims'])}.",
         "",
-        "| verdict | claim | what is measured | published | ours ± standard error (n) |",
-        "| --- | --- | --- | --- | --- |",
+        *("| " + " | ".join(row) + " |" for row in rows),
     ]
-    for c in data["claims"]:
-        verdict_, published, _ = cells(c)
-        row = verdict_, c["statement"], quantity(c) or "–", published, with_others(c)
-        lines.append("| " + " | ".join(map(_escape, row)) + " |")
     return "\n".join(lines) + "\n" + heads_table(data)
 
 
