@@ -88,8 +88,8 @@ def test_answers_right_or_wrong_give_the_same_results(path, notebook, answers, t
 SHORT_TRAINING = """import census.training
 import utils.toy
 long_toy, long_setting = utils.toy.train_toy, census.training.trained
-utils.toy.train_toy = lambda *args, **kwargs: long_toy(*args, **kwargs | {"n_steps": 60})
-census.training.trained = lambda setting: long_setting(setting._replace(n_steps=60))"""
+utils.toy.train_toy = lambda *args, **kwargs: long_toy(*args, **kwargs | {"n_steps": 40})
+census.training.trained = lambda setting: long_setting(setting._replace(n_steps=20))"""
 
 
 def twice(notebook):
