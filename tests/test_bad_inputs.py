@@ -160,9 +160,8 @@ def rows(kit):
         "checks.check_hooks": dict(model=model, hooks=[]),
         "checks.check_length": dict(model=model, n_tokens=5, name="n_tokens"),
         "checks.generator_of": dict(seed=1),
-        "circuit.select_heads": dict(effects=rand(n, 3, 4), threshold=0.1, sign=1, n_errors=3.0),
-        "circuit.select_in_groups": dict(
-            effects=rand(n, 3, 4), groups=torch.arange(n) % 2 == 0, threshold=0.1, sign=1
+        "circuit.select_heads": dict(
+            effects=rand(n, 3, 4), threshold=0.1, sign=1, groups=torch.arange(n) % 2 == 0
         ),
         "circuit.nodes": dict(circuit=circuit),
         "circuit.node_label": dict(node=(Head(1, 2), "END")),

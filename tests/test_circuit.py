@@ -260,7 +260,6 @@ def test_select_heads_by_sign_size_and_error():
     assert c.select_heads(effects, 0.5, sign=1) == [Head(1, 2), Head(0, 1)]
     assert c.select_heads(effects, 0.1, sign=1) == [Head(1, 2), Head(0, 1), Head(1, 1)]
     assert c.select_heads(effects, 0.5, sign=-1) == [Head(1, 0)]
-    assert c.select_heads(effects, 0.5, sign=1, n_errors=0)[1] == Head(0, 0)
     assert c.select_heads(effects, 3.0, sign=1) == []
 
 
@@ -271,9 +270,9 @@ def test_heads_whose_effects_cancel_over_all_prompts_are_found_in_their_group():
     effects[:, 0, 1] += torch.where(abba, 2.0, -2.1)  # cancels
     effects[abba, 1, 2] -= 0.5  # in one alone
     assert c.select_heads(effects, 0.1, 1) == [Head(0, 0)]
-    assert c.select_in_groups(effects, abba, 0.1, 1) == [Head(0, 0)]
-    assert c.select_in_groups(effects, abba, 0.1, -1) == [Head(0, 1), Head(1, 2)]
-    assert c.select_in_groups(-effects, abba, 0.1, 1) == [Head(0, 1), Head(1, 2)]
+    assert c.select_heads(effects, 0.1, 1, abba) == [Head(0, 0)]
+    assert c.select_heads(effects, 0.1, -1, abba) == [Head(0, 1), Head(1, 2)]
+    assert c.select_heads(-effects, 0.1, 1, abba) == [Head(0, 1), Head(1, 2)]
 
 
 def test_signs_turned_at_random_are_selected_no_more_often_than_three_errors_promise():
@@ -282,7 +281,7 @@ def test_signs_turned_at_random_are_selected_no_more_often_than_three_errors_pro
     effects *= torch.randint(0, 2, effects.shape, generator=generator) * 2 - 1
     assert len(c.select_heads(effects, 0.0, 1)) <= 5  # of 900, one in 740 expected
     in_two_orders = [
-        h for s in (1, -1) for h in c.select_in_groups(effects, torch.arange(60) % 2 == 0, 0.0, s)
+        h for s in (1, -1) for h in c.select_heads(effects, 0.0, s, torch.arange(60) % 2 == 0)
     ]
     # 30 prompts in each, two signs: Student's t passes 3 once in 360, so ten are expected of 3,600
     assert len(in_two_orders) <= 19
@@ -333,7 +332,7 @@ def test_bad_input_to_a_run_is_refused(random_gpt2, run):
         (lambda m: c.select_heads(torch.zeros(1, 2, 2), 0.1, 1), "2 or more prompts"),
         (lambda m: c.select_heads(torch.zeros(2, 2), 0.1, 1), "effects must be .*layer head"),
         (lambda m: c.select_heads(torch.zeros(2, 2, 2), -0.1, 1), "must not be negative"),
-        (lambda m: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be \+1 or -1"),
+        (lambda m: c.select_heads(torch.zeros(2, 2, 2), 0.1, 0), r"sign must be .*1, -1.*got 0"),
         (lambda m: c.faithfulness(torch.ones(2), torch.ones(3)), "f_model must be .* prompt=2"),
         (lambda m: c.faithfulness(torch.ones(2), torch.zeros(2)), "mean logit difference is zero"),
         (

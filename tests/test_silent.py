@@ -196,9 +196,7 @@ def test_templates_are_one_for_each_prompt_and_not_negative(template):
         c.means_run(PROMPTS._replace(template=template), torch.zeros(1, 3, 7, 4, 16))
 
 
-def test_shares_of_nothing_and_negative_sizes_are_refused():
-    with pytest.raises(ValueError, match="n_errors is a size"):
-        c.select_heads(torch.rand(4, 2, 2), 0.1, 1, n_errors=-3.0)
+def test_shares_of_nothing_are_refused():
     with pytest.raises(ValueError, match=r"mean F\(M\) is 0"):
         c.gap_by_prompt({"none": (torch.ones(2), torch.tensor([1.0, -1.0]))})
     steps, values = torch.arange(0, 101, 10), (torch.arange(11) > 8).float()

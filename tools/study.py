@@ -139,7 +139,7 @@ def chosen(
     heads = [
         head
         for sign in (1, -1)
-        for head in circuit.select_in_groups(effects, prompts.is_abba, 0.01, sign)
+        for head in circuit.select_heads(effects, 0.01, sign, prompts.is_abba)
     ]
     return {
         str(head): {

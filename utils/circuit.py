@@ -10,7 +10,7 @@ nodes K.
 import math
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,49 +46,30 @@ class Faithfulness(NamedTuple):
 
 @checked
 def select_heads(
-    effects: Float[Tensor, "prompt layer head"], threshold: float, sign: int, n_errors: float = 3
+    effects: Float[Tensor, "prompt layer head"],
+    threshold: float,
+    sign: Literal[1, -1],
+    groups: Bool[Tensor, "prompt"] | None = None,
 ) -> list[Head]:
     """Heads whose mean effect has this sign and exceeds the threshold, largest first.
 
-    The mean must also be more than `n_errors` standard errors away from zero. Raises ValueError
-    for fewer than two prompts, a negative threshold, or a sign that is neither +1 nor -1.
+    The mean must also be more than 3 standard errors away from zero. With `groups`, such as one
+    order of the names and the other, a head need pass in one of the two alone, and the sign that
+    counts is that of the larger mean: what helps in one and hurts in the other cancels over all
+    prompts. Raises ValueError for fewer than two prompts (of a group), a negative threshold, or
+    another sign.
     """
-    if len(effects) < 2:
-        raise ValueError(f"effects must be of 2 or more prompts, got {len(effects)}")
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    for name, size in {"threshold": threshold, "n_errors": n_errors}.items():
-        if size < 0:
-            raise ValueError(f"{name} is a size and must not be negative, got {size}")
-    mean = sign * effects.mean(0)
-    stderr = effects.std(0) / math.sqrt(len(effects))
-    chosen = ((mean > threshold) & (mean > n_errors * stderr)).nonzero().tolist()
-    return [Head(*head) for head in sorted(chosen, key=lambda at: -mean[tuple(at)].item())]
-
-
-@checked
-def select_in_groups(
-    effects: Float[Tensor, "prompt layer head"],
-    groups: Bool[Tensor, "prompt"],
-    threshold: float,
-    sign: int,
-) -> list[Head]:
-    """Heads that `select_heads` chooses in either of two groups of prompts, largest first.
-
-    A head may help in one order of the names and hurt in the other: over all prompts that cancels.
-    The sign that counts is that of the group in which its mean effect is larger. Raises as
-    `select_heads`.
-    """
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    largest: dict[Head, float] = {}
-    for group in (groups, ~groups):
-        for way in (1, -1):
-            for head in select_heads(effects[group], threshold, way):
-                mean = effects[group].mean(0)[head].item()
-                largest[head] = max(largest.get(head, 0.0), mean, key=abs)
-    chosen = [head for head in largest if largest[head] * sign > 0]
-    return sorted(chosen, key=lambda head: -abs(largest[head]))
+    if threshold < 0:
+        raise ValueError(f"threshold is a size and must not be negative, got {threshold}")
+    largest = effects.new_zeros(effects.shape[1:])  # [layer head], of the means that pass
+    for part in [effects] if groups is None else [effects[groups], effects[~groups]]:
+        if len(part) < 2:
+            raise ValueError(f"effects must be of 2 or more prompts, got {len(part)}")
+        mean, stderr = part.mean(0), part.std(0) / math.sqrt(len(part))
+        passes = (mean.abs() > threshold) & (mean.abs() > 3 * stderr)
+        largest = torch.where(passes & (mean.abs() > largest.abs()), mean, largest)
+    chosen = [Head(*at) for at in (sign * largest > 0).nonzero().tolist()]
+    return sorted(chosen, key=lambda head: -abs(largest[head].item()))
 
 
 @checked
