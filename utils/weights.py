@@ -1,6 +1,6 @@
 """Copying and composition: what heads' weights do to tokens, and to one another."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -50,7 +50,6 @@ def qk_weights(
     return circuit.A[layer, head].detach(), circuit.B[layer, head].mT.detach()
 
 
-@torch.no_grad()
 @checked
 def copying_of_output(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
@@ -63,18 +62,7 @@ def copying_of_output(
     activation evaluators": 25 random tokens, neither the most nor the least common, no start
     token). Raises ValueError if a prompt repeats a token.
     """
-    scores = []
-    for batch, raises in _with_directions(model, tokens, skip_start=False):
-        cache, shares = cache_heads(model, batch, ["pattern", "z"]), []
-        for layer, block in enumerate(model.blocks):
-            z, w_o = cache["z", layer], block.attn.W_O
-            written = einsum(z, w_o, "p dest h d, h d model -> p h dest model")
-            raised = einsum(written, raises, "p h dest model, p token model -> p h dest token")
-            raised = raised.relu()
-            own = (cache["pattern", layer] * raised).sum((-2, -1))
-            shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
-        scores.append(on_paper_scale(torch.stack(shares, dim=1)))
-    return torch.cat(scores)
+    return on_paper_scale(_share_on_attended(model, tokens, by_source=False))
 
 
 @checked
@@ -87,7 +75,6 @@ def on_paper_scale(share: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return 4 * share / (1 + share) - 1
 
 
-@torch.no_grad()
 @checked
 def copying_score(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
@@ -98,20 +85,42 @@ def copying_score(
     raises as in `copying_of_output`; of all of them the share is taken that falls on the attended
     token itself, with the attention summed over destinations as weight. So a head may spread its
     attention, and the start token, where heads park it, can be left out. The split is ours. Raises
-    ValueError if a prompt repeats a token.
+    ValueError if a prompt repeats a token. `on_paper_scale((score + 1) / 2)` is on Olsson's scale.
     """
+    return 2 * _share_on_attended(model, tokens, by_source=True) - 1
+
+
+@torch.no_grad()
+def _share_on_attended(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], by_source: bool
+) -> Float[Tensor, "prompt layer head"]:
+    """Of what each head raises, the share on attended tokens, weighted by attention.
+
+    What is raised by a head's output at each position, or `by_source`: by the value of each source
+    but the start token, counted as often as it is attended to.
+    """
+    check_model(model)
+    batches, first = token_batches(model, tokens), int(by_source)
+    check_count("positions of tokens", tokens.shape[1], least=2 + first)
+    if any(len(row.unique()) < len(row) for row in tokens):
+        raise ValueError("tokens must not repeat within a prompt")
     scores = []
-    for batch, raises in _with_directions(model, tokens, skip_start=True):
-        cache, shares = cache_heads(model, batch, ["pattern", "v"]), []
+    for batch in batches:
+        # the direction that raises each token above the mean
+        raises = model.W_U.T[batch[:, first:]] - model.W_U.mean(1)  # [prompt token d_model]
+        cache, shares = cache_heads(model, batch, ["pattern", "v" if by_source else "z"]), []
         for layer, block in enumerate(model.blocks):
-            v = _value_by_head(model, cache["v", layer])[:, 1:]
-            written = einsum(v, block.attn.W_O, "p src h d, h d model -> p h src model")
-            raised = einsum(written, raises, "p h src model, p token model -> p h src token").relu()
-            # what each token receives, over all destinations
-            attention = cache["pattern", layer][..., 1:].sum(-2)
-            own = (attention * raised.diagonal(dim1=-2, dim2=-1)).sum(-1)
-            shares.append(own / (attention * raised.sum(-1)).sum(-1).clamp_min(1e-12))
-        scores.append(2 * torch.stack(shares, dim=1) - 1)
+            pattern = cache["pattern", layer][..., first:]  # [prompt head dest src]
+            x = _value_by_head(model, cache["v", layer])[:, 1:] if by_source else cache["z", layer]
+            written = einsum(x, block.attn.W_O, "p pos h d, h d model -> p h pos model")
+            raised = einsum(written, raises, "p h pos model, p token model -> p h pos token").relu()
+            if by_source:
+                raised = pattern.sum(-2)[..., None] * raised
+                own = raised.diagonal(dim1=-2, dim2=-1).sum(-1)
+            else:
+                own = (pattern * raised).sum((-2, -1))
+            shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
+        scores.append(torch.stack(shares, dim=1))
     return torch.cat(scores)
 
 
@@ -259,21 +268,6 @@ def composition_baseline(
     w_v, w_o, w_q, w_k = weights.unbind(1)
     writes, reads = FactoredMatrix(w_v, w_o.mT), FactoredMatrix(w_q, w_k.mT)
     return frobenius_scores(writes, reads, broadcast_dims=False)
-
-
-def _with_directions(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], skip_start: bool
-) -> Iterator[tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch token d_model"]]]:
-    """Batches, with the direction that raises each token, but a start token, above the mean."""
-    check_model(model)
-    first = int(skip_start)
-    batches = token_batches(model, tokens)
-    check_count("positions of tokens", tokens.shape[1], least=2 + first)
-    if any(len(row.unique()) < len(row) for row in tokens):
-        raise ValueError("tokens must not repeat within a prompt")
-    mean_logit = model.W_U.mean(1)
-    for batch in batches:
-        yield batch, model.W_U.T[batch[:, first:]] - mean_logit
 
 
 def _value_by_head(
