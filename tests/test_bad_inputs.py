@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from census.grid import Toy
-from census.training import build, check_toy, sharpest_drop, train, trained
+from census.training import check_toy, sharpest_drop, train, trained
 from utils.edits import Run, heads_from, record
 from utils.heads import Head
 from utils.ioi import IOIPrompts, ioi_prompts
@@ -52,9 +52,7 @@ def functions():
 
 FUNCTIONS = dict(functions()) | {"LogitDiff": LogitDiff, "TokenLoss": TokenLoss, "Ledger": Ledger}
 FUNCTIONS |= {f"Ledger.{f.__name__}": f for f in (Ledger.record, Ledger.record_heads, Ledger.table)}
-FUNCTIONS |= {
-    f"training.{f.__name__}": f for f in (check_toy, build, train, trained, sharpest_drop)
-}
+FUNCTIONS |= {f"training.{f.__name__}": f for f in (check_toy, train, trained, sharpest_drop)}
 # text and switches: any value of the type is right
 FREE = {
     "desc",
@@ -274,9 +272,14 @@ def rows(kit):
         ),
         "selection.backward_search": dict(**alone, candidates=sorted(nodes), n_left=1),
         "selection.worst_set": dict(**alone, kept=nodes, n_steps=1),
-        "toy.build_toy": dict(n_layers=1, seed=0),
+        "toy.build_toy": dict(n_layers=1, seed=0, n_heads=1, d_model=8, context=9),
         "toy.smear": dict(k=rand(2, 4, 3, 5), alpha=rand(3)),
-        "toy.toy_batch": dict(generator=torch.Generator().manual_seed(0), n_sequences=2),
+        "toy.toy_batch": dict(
+            generator=torch.Generator(), n_sequences=2, shortest=2, longest=3, context=9
+        ),
+        "toy.snapshot": dict(
+            model=model, tokens=torch.arange(7, 12).repeat(2, 3)[:, :11], shortest=2
+        ),
         "toy.train_toy": dict(n_layers=1, seed=0, n_steps=1),
         "training.sharpest_drop": dict(steps=steps, loss=fall, window=2),
         "toy.share_formed": dict(steps=steps, values=fall, centre=20.0, width=10.0),
@@ -339,7 +342,6 @@ def rows(kit):
         "load.model_label": dict(model=model),
         "load.weights_digest": dict(model=model),
         "training.check_toy": toy,
-        "training.build": toy,
         "training.train": toy,
         "training.trained": toy,
         "controls.by_steps": dict(figure=kit.film, name="step"),
@@ -517,6 +519,7 @@ def wrong_edits(x, kit):
 HEADS = {"heads", "exclude", "ranked", "senders", "receivers", "writers", "readers"}
 COUNTS = {"n_prompts", "n_draws", "n_steps", "n_tokens", "n_texts", "n_lines", "n_repeats"}
 COUNTS |= {"n_sequences", "seq_len", "n", "n_layers", "window", "early", "late", "k", "count"}
+COUNTS |= {"n_heads", "d_model", "context", "shortest", "longest"}
 NAMED = {"seed": SEED, "sign": SIGN, "site": SITE, "metric": METRIC, "circuit": CIRCUIT}
 NAMED |= dict.fromkeys(COUNTS, COUNT) | dict.fromkeys(("nodes", "kept", "removed"), NODES)
 SOME = {"none": None, "float": [1.5], "text": "x", "negative": [-1], "too large": [10**6]}
@@ -637,6 +640,7 @@ RIGHT = {
     ("metrics.token_batches", "model"): {"not folded"},
     ("metrics.hold_final_scale", "model"): {"not folded"},
     ("metrics.per_token_loss", "model"): {"not folded"},
+    ("toy.snapshot", "model"): {"not folded"},
     # an edit is a value: what does not fit is refused by the run that it is put into
     ("ablation.pattern_preserving", "patterns"): FIT,
     ("circuit.knock_out", "means"): {*FIT, "of another model"},

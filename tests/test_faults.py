@@ -319,7 +319,7 @@ def test_ctrl_c_in_a_sweep_leaves_the_model_as_it_was(tiny, draw, interrupt):
 def test_ctrl_c_in_training_and_then_it_goes_on(monkeypatch, interrupt):
     monkeypatch.setattr(toy, "SNAPSHOT", 2)
     want = toy.train_toy(1, n_steps=4)
-    steps, measure = [], toy._measure
+    steps, measure = [], toy.snapshot
     monkeypatch.setattr(toy, "toy_batch", lambda g, draw=toy.toy_batch: steps.append(1) or draw(g))
     moments, n = 0, 40
     while interrupt(lambda: toy.train_toy(1, n_steps=4), n):
@@ -332,10 +332,10 @@ def test_ctrl_c_in_training_and_then_it_goes_on(monkeypatch, interrupt):
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(toy, "_measure", cut)
+    monkeypatch.setattr(toy, "snapshot", cut)
     with pytest.raises(KeyboardInterrupt):
         toy.train_toy(1, n_steps=4)
-    monkeypatch.setattr(toy, "_measure", measure)
+    monkeypatch.setattr(toy, "snapshot", measure)
     got = toy.train_toy(1, n_steps=4)
     assert len(steps) == 4 + 2  # steps 1 to 4, then 3 and 4
     assert all(map(torch.equal, got[1:], want[1:]))
