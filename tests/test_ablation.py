@@ -7,7 +7,6 @@ from references import log_probs, recorded
 from utils import metrics
 from utils.ablation import losses, mean_run, pattern_preserving, random_control
 from utils.edits import Run, heads_from, hooks, record
-from utils.heads import cache_heads
 from utils.metrics import per_token_loss
 from utils.prompts import repeated_tokens
 
@@ -88,7 +87,7 @@ def test_frozen_patterns_are_those_of_the_other_run(random_gpt2):
     stored = record(random_gpt2, others, ["pattern"])
     edits = pattern_preserving(random_gpt2, [(0, 3)], stored)
     with random_gpt2.hooks(fwd_hooks=hooks(edits)):
-        frozen = cache_heads(random_gpt2, tokens, ["pattern", "z"])
+        frozen = random_gpt2.run_with_cache(tokens)[1]
     for name, pattern in stored.activations.items():
         torch.testing.assert_close(frozen[name], pattern)
     # the first layer's values are its own, attended to as in the other run

@@ -201,7 +201,6 @@ def rows(kit):
         "heads.check_heads": dict(model=model, heads=heads, site="z"),
         "heads.all_heads": dict(model=model, site="z"),
         "heads.key_value_head": dict(model=model, head=(1, 2)),
-        "heads.cache_heads": dict(**run, sites=["z"]),
         "heads.previous_token_score": dict(pattern=rand(2, 5, 5)),
         "heads.duplicate_token_score": dict(pattern=rand(2, 9, 9), seq_len=4),
         "heads.induction_score": dict(pattern=rand(2, 9, 9), seq_len=4),
@@ -634,7 +633,6 @@ RIGHT = {
     ("weights.composition_baseline", "model"): STATE,
     # a run as it is, with nothing read off or replaced that folding moves
     ("checks.check_tokens", "model"): {"not folded"},
-    ("heads.cache_heads", "model"): {"not folded"},
     ("heads.attention_patterns", "model"): {"not folded"},
     ("heads.score_heads", "model"): {"not folded"},
     ("metrics.token_batches", "model"): {"not folded"},

@@ -27,7 +27,7 @@ from utils.attribution import attribution_patching, direct_logit_attribution, he
 from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
-from utils.heads import all_heads, cache_heads
+from utils.heads import all_heads, attention_patterns
 from utils.ledger.results import ROOT
 from utils.metrics import hold_final_scale
 from utils.models import download, hub, load, load_hf
@@ -510,7 +510,7 @@ def test_what_would_not_fit_is_refused_before_compute(tiny, draw, memory, no_for
     says = r"would take .* MB for 50 prompts, .* 0\.1 MB may be taken: give fewer prompts \(about "
     for call in (
         lambda: record(tiny, tokens, ["z", "q"]),
-        lambda: cache_heads(tiny, tokens, ["pattern"]),
+        lambda: attention_patterns(tiny, tokens),
         lambda: sweep(tiny, tokens, last_logit, [heads_from(tiny, [(0, 0)], 0.0)]),
     ):
         with pytest.raises(MemoryError, match=says) as raised:

@@ -12,16 +12,10 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import composition_scores as frobenius_scores
 
-from utils.checks import (
-    check_count,
-    check_model,
-    check_range,
-    check_tokens,
-    generator_of,
-    start_token,
-)
+from utils.checks import check_count, check_range, check_tokens, generator_of, start_token
+from utils.edits import hook_name, record
 from utils.engine.memory import check_cache
-from utils.heads import all_heads, cache_heads, check_heads
+from utils.heads import all_heads, check_heads
 from utils.metrics import token_batches
 from utils.prompts import ordinary_tokens
 from utils.typed import checked
@@ -99,7 +93,6 @@ def _share_on_attended(
     What is raised by a head's output at each position, or `by_source`: by the value of each source
     but the start token, counted as often as it is attended to.
     """
-    check_model(model)
     batches, first = token_batches(model, tokens), int(by_source)
     check_count("positions of tokens", tokens.shape[1], least=2 + first)
     if any(len(row.unique()) < len(row) for row in tokens):
@@ -108,10 +101,12 @@ def _share_on_attended(
     for batch in batches:
         # the direction that raises each token above the mean
         raises = model.W_U.T[batch[:, first:]] - model.W_U.mean(1)  # [prompt token d_model]
-        cache, shares = cache_heads(model, batch, ["pattern", "v" if by_source else "z"]), []
+        site, shares = "v" if by_source else "z", []
+        seen = record(model, batch, ["pattern", site]).activations
         for layer, block in enumerate(model.blocks):
-            pattern = cache["pattern", layer][..., first:]  # [prompt head dest src]
-            x = _value_by_head(model, cache["v", layer])[:, 1:] if by_source else cache["z", layer]
+            pattern = seen[hook_name(layer, "pattern")][..., first:]  # [prompt head dest src]
+            x = seen[hook_name(layer, site)]
+            x = _value_by_head(model, x)[:, 1:] if by_source else x
             written = einsum(x, block.attn.W_O, "p pos h d, h d model -> p h pos model")
             raised = einsum(written, raises, "p h pos model, p token model -> p h pos token").relu()
             if by_source:
@@ -215,10 +210,11 @@ def name_copying_in_place(
     check_range("positions", positions, tokens.shape[1])
     prompt = torch.arange(len(tokens))
     own = tokens[prompt, positions]
-    cache = cache_heads(model, tokens, ["v"])
+    values = record(model, tokens, ["v"]).activations.values()
     copied = []
-    for layer, block in enumerate(tqdm(model.blocks, desc="copying", leave=False)):
-        v = _value_by_head(model, cache["v", layer])[prompt, positions]
+    layers = zip(model.blocks, values, strict=True)
+    for block, v in tqdm(layers, desc="copying", total=len(model.blocks), leave=False):
+        v = _value_by_head(model, v)[prompt, positions]
         written = einsum(sign * v, block.attn.W_O, "prompt h d, h d model -> prompt h model")
         copied.append(_in_top_k(model, written, own).float())
     return torch.stack(copied, dim=1)
