@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from census.grid import Toy
 from census.training import check_toy, sharpest_drop, train, trained
+from utils.circuit import Node
 from utils.edits import Run, heads_from, record
 from utils.heads import Head
 from utils.ioi import IOIPrompts, ioi_prompts
@@ -91,7 +92,7 @@ def kit(gpt2_stand_in, tmp_path_factory):
         claim = Claim("It is.", "s", "Measured: m. Holds when it is.", holds=lambda figure: True)
         ledger = Ledger("project", {"a": claim}, "m", "w")
     plain = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50))
-    nodes = {(Head(0, 1), "S2"), (Head(2, 3), "END")}
+    nodes = {Node(Head(0, 1), "S2"), Node(Head(2, 3), "END")}
     trained = train_toy(1, n_steps=1)
     return SimpleNamespace(**locals())
 
@@ -162,8 +163,6 @@ def rows(kit):
             effects=rand(n, 3, 4), threshold=0.1, sign=1, groups=torch.arange(n) % 2 == 0
         ),
         "circuit.nodes": dict(circuit=circuit),
-        "circuit.node_label": dict(node=(Head(1, 2), "END")),
-        "circuit.node_from_label": dict(label="L1H2 END"),
         "circuit.random_circuits": dict(model=model, circuit=circuit, n_draws=2, seed=0),
         "circuit.check_prompts": on,
         "circuit.abc_means": dict(**on, site="z"),

@@ -152,7 +152,7 @@ def test_other_architectures_equal_plain_hooks(name, request):
     model = request.getfixturevalue(name)
     prompts = random_prompts(high=model.cfg.d_vocab)
     means = c.abc_means(model, prompts)
-    kept = {(Head(0, 1), "S1+1"), (Head(1, 2), "END"), (Head(1, 0), "S2")}
+    kept = set(map(c.Node.from_label, ("L0H1 S1+1", "L1H2 END", "L1H0 S2")))
 
     def replace(z, hook):
         layer, new = hook.layer(), z.clone()
@@ -310,8 +310,8 @@ def test_bad_input_to_a_run_is_refused(random_gpt2, run):
     prompts, means = random_prompts(), torch.zeros(2, 3, N_POSITIONS, 4, 16)
     fitting = c.means_run(prompts, means)
     for node, message in (
-        ((Head(9, 0), "END"), "no head L9H0 at 'z': 3 layers"),
-        ((Head(0, 0), "S3"), "no position 'S3', prompts have"),
+        (c.Node(Head(9, 0), "END"), "no head L9H0 at 'z': 3 layers"),
+        (c.Node(Head(0, 0), "S3"), "no position 'S3', prompts have"),
     ):
         with pytest.raises(ValueError, match=message):
             run(random_gpt2, prompts, fitting, {node})
@@ -356,7 +356,7 @@ def test_bad_input_to_the_figures_is_refused(random_gpt2, call, message):
 
 def test_nodes_are_read_from_their_labels():
     for place in ("IO", "S1", "S1+1", "S2", "END"):
-        assert c.node_from_label(c.node_label((Head(5, 11), place))) == (Head(5, 11), place)
+        assert c.Node.from_label(str(c.Node(Head(5, 11), place))) == (Head(5, 11), place)
     for wrong in ("L5H1", "5.1 END", "L5H1 end", "L5Hx S2", "LH S2", "L5H1H2 S2"):
         with pytest.raises(ValueError, match="label: got"):
-            c.node_from_label(wrong)
+            c.Node.from_label(wrong)

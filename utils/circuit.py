@@ -26,15 +26,47 @@ from utils.metrics import Estimate, LogitDiff, estimate, token_batches
 from utils.typed import checked, kind_of
 
 Circuit = Mapping[str, Sequence[tuple[int, int]]]
-Node = tuple[Head, str]
 Prompts = IOIPrompts | NamePrompts
+PLACES = ("S1", "IO", "S1+1", "S2", "END")  # of a prompt, from left to right, by and large
 
-# Where each role does its work: Wang et al. 2022, figure 2. The last four are not the paper's:
+# Where each role does its work: Wang et al. 2022, figure 2. The last five are not the paper's:
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
-ROLE_POSITIONS = {"previous_token": "S1+1", "duplicate_token": "S2", "induction": "S2"}
-ROLE_POSITIONS |= dict.fromkeys(("s_inhibition", "name_mover", "negative_name_mover"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "giver_suppressor", "s_reader"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
+ROLE_POSITIONS = {
+    "previous_token": "S1+1",
+    "duplicate_token": "S2",
+    "induction": "S2",
+    "s_inhibition": "END",
+    "name_mover": "END",
+    "negative_name_mover": "END",
+    "backup_name_mover": "END",
+    "giver_suppressor": "END",
+    "s_reader": "END",
+    "subject_mover": "END",
+    "amplifier": "END",
+    "damper": "END",
+}
+
+
+class Node(NamedTuple):
+    """A head at a place of the prompt; prints as "L5H1 END"."""
+
+    head: Head
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.head} {self.place}"
+
+    @classmethod
+    def from_label(cls, label: str) -> "Node":
+        """The node that prints as this. ValueError for other text."""
+        head, _, place = str(label).partition(" ")
+        if place not in PLACES:
+            raise ValueError(f"label: got {label!r}, want one such as 'L5H1 END'")
+        return cls(Head.from_label(head), place)
+
+
+Nodes = Set[tuple[Head, str]]  # of `Node`, or of plain pairs
+node_label, node_from_label = str, Node.from_label  # as the notebook calls them
 
 
 class Faithfulness(NamedTuple):
@@ -74,7 +106,7 @@ def select_heads(
 
 @checked
 def nodes(circuit: Circuit) -> set[Node]:
-    """Every (head, position name) of a circuit. Raises ValueError for a role without a position."""
+    """Every node of a circuit. Raises ValueError for a role without a position."""
     for role in circuit:
         if role not in ROLE_POSITIONS:
             raise ValueError(f"circuit: role {role!r} has no position in {ROLE_POSITIONS}")
@@ -82,22 +114,7 @@ def nodes(circuit: Circuit) -> set[Node]:
         role: as_heads(heads, f"circuit[{role!r}]", distinct=True)
         for role, heads in circuit.items()
     }
-    return {(head, ROLE_POSITIONS[role]) for role, heads in pairs.items() for head in heads}
-
-
-@checked
-def node_label(node: Node) -> str:
-    """A node as text, such as "L5H1 END"."""
-    return f"{node[0]} {node[1]}"
-
-
-@checked
-def node_from_label(label: str) -> Node:
-    """The node that `node_label` writes so. ValueError for other text."""
-    head, _, place = label.partition(" ")
-    if place not in ROLE_POSITIONS.values() and place not in ("IO", "S1"):
-        raise ValueError(f"label: got {label!r}, want one such as 'L5H1 END'")
-    return Head.from_label(head), place
+    return {Node(head, ROLE_POSITIONS[role]) for role, heads in pairs.items() for head in heads}
 
 
 @checked
@@ -176,7 +193,7 @@ def abc_means(
 
 @checked
 def node_mask(
-    model: TransformerBridge, prompts: Prompts, nodes: Set[Node]
+    model: TransformerBridge, prompts: Prompts, nodes: Nodes
 ) -> Bool[Tensor, "prompt layer pos head"]:
     """True at every node, at that position of each prompt; False at every other.
 
@@ -218,15 +235,13 @@ def means_run(
 
 
 @checked
-def knock_out(
-    model: TransformerBridge, prompts: Prompts, means: Run, removed: Set[Node]
-) -> list[Edit]:
+def knock_out(model: TransformerBridge, prompts: Prompts, means: Run, removed: Nodes) -> list[Edit]:
     """Edits that mean-ablate these nodes."""
     return nodes_from(node_mask(model, prompts, removed), means)
 
 
 @checked
-def outside(model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]) -> list[Edit]:
+def outside(model: TransformerBridge, prompts: Prompts, means: Run, kept: Nodes) -> list[Edit]:
     """Edits that mean-ablate all but these nodes: every other head, at every position."""
     return nodes_from(~node_mask(model, prompts, kept), means)
 
@@ -252,7 +267,7 @@ def logit_diffs(
 
 @checked
 def run_circuit(
-    model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]
+    model: TransformerBridge, prompts: Prompts, means: Run, kept: Nodes
 ) -> Float[Tensor, "prompt"]:
     """F(C): the logit difference with every node but `kept` mean-ablated."""
     # one intervention without edits: the base run itself
@@ -339,11 +354,10 @@ def minimality(
     for role, heads in circuit.items():
         group = frozenset(nodes({role: heads}))
         for head in heads:
-            role_of.setdefault((Head(*head), ROLE_POSITIONS[role]), group)
+            role_of.setdefault(Node(Head(*head), ROLE_POSITIONS[role]), group)
     none: frozenset[Node] = frozenset()
-    removed = {none: None}  # the sets whose F is needed, each once
-    for v, role in role_of.items():
-        removed |= dict.fromkeys((none | {v}, role - {v}, role))
+    needed = [(none | {v}, role - {v}, role) for v, role in role_of.items()]
+    removed = list(dict.fromkeys([none, *(one for three in needed for one in three)]))  # each once
     without = [knock_out(model, prompts, means, nodes_out) for nodes_out in removed]
     kept = outside(model, prompts, means, set(role_of))
     f = dict(zip(removed, logit_diffs(model, prompts, without, base=kept), strict=True))
