@@ -3,6 +3,7 @@
 Types, shapes and finite numbers are checked by `utils.typed`; here is what they cannot say.
 """
 
+import math
 from collections.abc import Iterable
 from operator import index
 from weakref import WeakKeyDictionary
@@ -12,8 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.engine.readout import Hooks
-from utils.typed import BadArgument, checked, kind_of
+from utils.typed import BadArgument, Hooks, checked, kind_of
 
 # the weights, by identity and number of changes, that were found finite: looked at once, as a sweep
 # checks its model for every head
@@ -96,7 +96,7 @@ def check_tokens(
             raise ValueError(f"{name}: {which}, give prompts of one length")
 
 
-def check_range(name: str, values: Int[Tensor, "*axes"], size: int) -> None:
+def check_range(name: str, values: Int[Tensor, "*axes"], size: float = math.inf) -> None:
     """Raise ValueError unless there are values, all of them whole numbers in 0..size - 1."""
     if not isinstance(values, Int[Tensor, "..."]):
         raise BadArgument(f"{name} must be a tensor of whole numbers; got {kind_of(values)}")
@@ -104,7 +104,8 @@ def check_range(name: str, values: Int[Tensor, "*axes"], size: int) -> None:
         raise ValueError(f"{name} is empty: shape {list(values.shape)}")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie in 0..{size - 1}, got {low}..{high}")
+        lie = "not be negative" if size == math.inf else f"lie in 0..{size - 1}"
+        raise ValueError(f"{name} must {lie}, got {low}..{high}")
 
 
 def indices(name: str, values: Iterable[int], size: int) -> list[int]:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.checks import check_count, check_model, check_range, check_tokens, generator_of
+from utils.checks import check_count, check_range, check_tokens, generator_of
 from utils.edits import Edit, Run, hook_name, nodes_from, record, sweep
 from utils.engine.packs import check_edits
 from utils.heads import Head, all_heads, as_heads, check_heads
@@ -145,13 +145,11 @@ def random_circuits(
 @checked
 def check_prompts(prompts: Prompts, model: TransformerBridge | None = None) -> None:
     """Raise ValueError for tokens, answers or positions that do not fit each other or the model."""
-    d_vocab = 2**62  # more than any model has
-    if model is not None:
-        check_model(model)
-        d_vocab = model.cfg.d_vocab
-    check_range("prompts.tokens", prompts.tokens, d_vocab)
-    if model is not None:
-        check_tokens(model, prompts.tokens, "prompts.tokens")
+    if model is None:
+        check_range("prompts.tokens", prompts.tokens)
+    else:
+        check_tokens(model, prompts.tokens, "prompts.tokens", folded=True)
+    d_vocab = math.inf if model is None else model.cfg.d_vocab
     n_prompts, n_positions = prompts.tokens.shape
     LogitDiff(prompts.answers).check(n_prompts, d_vocab)
     for place, at in prompts.positions.items():

@@ -12,10 +12,10 @@ from transformer_lens.utilities import lm_cross_entropy_loss
 
 from utils.checks import check_hooks, check_tokens
 from utils.engine.memory import check_cache
-from utils.engine.readout import Hooks, read_hook
 from utils.engine.readout import LogitDiff as LogitDiff  # defined where the engine can use them
 from utils.engine.readout import TokenLoss as TokenLoss
-from utils.typed import checked
+from utils.engine.readout import read_hook
+from utils.typed import Hooks, checked
 
 MAX_LOGITS = 2**26  # logits held at once: 256 MB in float32, and as much again for log-probs
 

@@ -15,8 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.memory import SHARE, activation_shape, check_cache, check_fits, free_memory
-from utils.engine.readout import Hooks, Metric, read_hook, read_out, values_of
+from utils.engine.readout import Metric, read_hook, read_out, values_of
 from utils.engine.replay import Replay, can_replay, is_out_of_memory, layer_of
+from utils.typed import Hooks
 
 KEPT = ("hook_resid_pre", "attn.hook_k", "attn.hook_v")  # what a recording has of each block
 Item = TypeVar("Item")
