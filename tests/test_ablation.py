@@ -59,8 +59,8 @@ def test_means_are_the_same_in_small_batches(random_gpt2, monkeypatch):
     torch.testing.assert_close(stacked(mean_run(random_gpt2, tokens)), means)
 
 
-def test_pattern_preserving_ablation_equals_hooks_written_out(every_model, draw):
-    model, tokens = every_model, draw(every_model)
+def test_pattern_preserving_ablation_equals_hooks_written_out(small_model, draw):
+    model, tokens = small_model, draw(small_model)
     heads = [(0, 1), (0, 2), (1, 3)]
     _, cache = model.run_with_cache(tokens)
 
@@ -98,8 +98,8 @@ def test_frozen_patterns_are_those_of_the_other_run(random_gpt2):
 
 
 @pytest.mark.parametrize("n_prompts", [1, 3])
-def test_losses_equal_one_whole_run_each(every_model, draw, n_prompts):
-    model, tokens = every_model, draw(every_model, n_prompts, seed=4)
+def test_losses_equal_one_whole_run_each(small_model, draw, n_prompts):
+    model, tokens = small_model, draw(small_model, n_prompts, seed=4)
     top = model.cfg.n_layers - 1
     runs = {
         "none": [],

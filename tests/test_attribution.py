@@ -166,7 +166,7 @@ def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003)
     return (moved(step) - moved(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "smollm2"])
+@pytest.mark.parametrize("name", [*MODELS, "random_smollm2"])
 def test_attribution_patching_equals_a_finite_difference(request, name):
     model = request.getfixturevalue(name)
     clean, corrupted, answers = make_task(model)

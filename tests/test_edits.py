@@ -162,8 +162,8 @@ def mixed(model, tokens):
 
 
 @pytest.mark.parametrize(("read", "under_base"), [(None, False), (None, True), ([1, 4], True)])
-def test_a_sweep_is_one_whole_run_for_each(every_model, draw, read, under_base):
-    model, tokens = every_model, draw(every_model)
+def test_a_sweep_is_one_whole_run_for_each(small_model, draw, read, under_base):
+    model, tokens = small_model, draw(small_model)
     top = model.cfg.n_layers - 1
     base = heads_from(model, [(0, 2), (top, 2)], mean_run(model, tokens)) if under_base else []
     answers = torch.tensor([[7, 11], [5, 3]])

@@ -1,5 +1,7 @@
 """Patching gives the numbers of whole runs with plain hooks, for every site, model and metric."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -15,15 +17,19 @@ EXACT = {"atol": 1e-4, "rtol": 0}
 PROMPTS = {"one": (1, 6), "shared prefix": (2, 6), "no shared prefix": (2, 0)}
 
 
-@pytest.fixture(params=PROMPTS)
-def pair(request, every_model):
-    """Clean and corrupted prompts that differ from some position on."""
-    n_prompts, first = PROMPTS[request.param]
+@pytest.fixture(
+    params=[*product(("random_gpt2", "llama", "neox", "toy2"), PROMPTS), ("smollm2", "one")],
+    ids="-".join,
+)
+def case(request):
+    """A model, with clean and corrupted prompts that differ from some position on."""
+    name, kind = request.param
+    model, (n_prompts, first) = request.getfixturevalue(name), PROMPTS[kind]
     generator = torch.Generator().manual_seed(6)
     shape = (2, n_prompts, LENGTH)
-    clean, corrupted = torch.randint(3, every_model.cfg.d_vocab, shape, generator=generator)
+    clean, corrupted = torch.randint(3, model.cfg.d_vocab, shape, generator=generator)
     corrupted[:, :first] = clean[:, :first]
-    return clean, corrupted
+    return model, (clean, corrupted)
 
 
 def metrics(n_prompts):
@@ -51,8 +57,8 @@ def whole_run(model, corrupted, name, clean, where):
 
 
 @pytest.mark.parametrize("site", HEAD_SITES)
-def test_heads(every_model, pair, site):
-    model = every_model
+def test_heads(case, site):
+    model, pair = case
     top, n_heads = model.cfg.n_layers - 1, n_site_heads(model, site)
     heads = [(0, n_heads - 1), (top // 2, 0), (top, 1)]
     clean, corrupted = run_with_cache(model, pair[0], site), pair[1]
@@ -69,8 +75,8 @@ def test_heads(every_model, pair, site):
 
 
 @pytest.mark.parametrize("site", STREAM_SITES)
-def test_layers_by_position(every_model, pair, site):
-    model = every_model
+def test_layers_by_position(case, site):
+    model, pair = case
     layers, positions = [0, model.cfg.n_layers - 1], [1, LENGTH - 2, LENGTH - 1]
     clean, corrupted = run_with_cache(model, pair[0], site), pair[1]
     unpatched = model(corrupted)[:, -1:]

@@ -87,20 +87,15 @@ def test_every_head_to_receivers(small_model, site, positions):
     assert (got - metric(small_model(original))[:, None, None]).abs().amax() > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("receivers", "site", "position"),
-    [((), None, None), ([(18, 1), (20, 4)], "q", 8), ([(9, 8), (11, 0)], "k", 5)],
-)
-def test_paths_in_smollm2(smollm2, receivers, site, position):
+def test_paths_in_smollm2(smollm2):
     original, new = prompts(smollm2)
-    positions = None if position is None else torch.tensor([position, position - 1])
-    senders = [(0, 0), (8, 7)]
+    senders, receivers, positions = [(0, 0), (8, 7)], [(9, 8), (11, 0)], torch.tensor([5, 4])
 
     def words(logits):
         return logits[:, -1, 1000] - logits[:, -1, 2000]
 
-    got = path_patch(smollm2, original, new, words, senders, receivers or None, site, positions)
-    want = [recipe(smollm2, original, new, s, receivers, site, positions, words) for s in senders]
+    got = path_patch(smollm2, original, new, words, senders, receivers, "k", positions)
+    want = [recipe(smollm2, original, new, s, receivers, "k", positions, words) for s in senders]
     torch.testing.assert_close(got, torch.stack(want, dim=1), **CLOSE)
     assert (got - words(smollm2(original))[:, None]).abs().amax() > 1e-3
 

@@ -20,7 +20,7 @@ from utils.prompts import (
 )
 
 
-@pytest.fixture(params=["smollm2", "random_gpt2", "toy2"])
+@pytest.fixture(params=["random_gpt2", "toy2"])
 def model(request):
     return request.getfixturevalue(request.param)
 

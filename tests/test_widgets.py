@@ -124,7 +124,7 @@ def test_means_by_place_are_those_of_the_places():
     assert means["IO"].activations["z"].tolist() == [[[[2.5]]]]  # of 0 and 5
 
 
-@pytest.mark.parametrize("name", ["random_gpt2", "smollm2"])
+@pytest.mark.parametrize("name", ["random_gpt2", "random_smollm2"])
 def test_the_end_is_that_of_a_plain_run(request, name):
     """On one prompt of ours, whose template has the same means at every position."""
     model = request.getfixturevalue(name)
