@@ -17,15 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from census.grid import SNAPSHOTS, Toy
 from utils.checks import generator_of
 from utils.prompts import repeated_tokens
-from utils.toy import (
-    HELD_OUT,
-    HELD_OUT_SEED,
-    build_toy,
-    share_formed,
-    smear,
-    snapshot,
-    toy_batch,
-)
+from utils.toy import HELD_OUT, HELD_OUT_SEED, build_toy, share_formed, smear, snapshot, toy_batch
 from utils.typed import checked
 
 FORMED = 0.5  # prefix-matching score of the best head from which on a head has formed

@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2Tokenizer,
-    GPTNeoXConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Tokenizer, GPTNeoXConfig, LlamaConfig
 
 from utils.models import load_hf, load_model
 

@@ -55,16 +55,7 @@ FUNCTIONS = dict(functions()) | {"LogitDiff": LogitDiff, "TokenLoss": TokenLoss,
 FUNCTIONS |= {f"Ledger.{f.__name__}": f for f in (Ledger.record, Ledger.record_heads, Ledger.table)}
 FUNCTIONS |= {f"training.{f.__name__}": f for f in (check_toy, train, trained, sharpest_drop)}
 # text and switches: any value of the type is right
-FREE = {
-    "desc",
-    "distinct",
-    "name",
-    "per_position",
-    "folded",
-    "smeared",
-    "grouped",
-    "kwargs",
-}
+FREE = {"desc", "distinct", "name", "per_position", "folded", "smeared", "grouped", "kwargs"}
 FREE |= {"x_label", "y_label", "value_label", "head_label", "note", "diverging"}
 FREE |= {"log_x", "log_y"}
 FREE |= {"diagonal", "options", "size", "verdicts", "self", "others", "named", "what"}
@@ -140,12 +131,7 @@ def rows(kit):
             patterns=patterns, heads=heads, dest=at["END"], source=at["S2"]
         ),
         "attribution.attention_table": dict(
-            patterns=patterns,
-            positions=at,
-            heads=heads,
-            dest="END",
-            sources=["S2"],
-            least=0.1,
+            patterns=patterns, positions=at, heads=heads, dest="END", sources=["S2"], least=0.1
         ),
         "attribution.attribution_patching": dict(
             model=model, clean=tokens, corrupted=abc, metric=metric

@@ -9,13 +9,7 @@ from test_circuit import random_prompts
 from utils import circuit as c
 from utils import selection as s
 from utils.ablation import losses, pattern_preserving
-from utils.edits import (
-    STREAM_SITES,
-    heads_from,
-    hook_name,
-    record,
-    sweep,
-)
+from utils.edits import STREAM_SITES, heads_from, hook_name, record, sweep
 from utils.engine import direct, memory, packs
 from utils.engine.packs import in_packs, rows_that_fit
 from utils.engine.replay import Replay

@@ -18,12 +18,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.checks import check_count, generator_of
-from utils.heads import (
-    attention_patterns,
-    prefix_matching_score,
-    previous_token_score,
-    score_heads,
-)
+from utils.heads import attention_patterns, prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
 from utils.typed import checked
@@ -178,10 +173,7 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
 
 @checked
 def share_formed(
-    steps: Int[Tensor, "snapshot"],
-    values: Float[Tensor, "snapshot"],
-    centre: float,
-    width: float,
+    steps: Int[Tensor, "snapshot"], values: Float[Tensor, "snapshot"], centre: float, width: float
 ) -> float:
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 
