@@ -25,7 +25,7 @@ from census.rows import Results
 from census_claims import CLAIMS, figures
 from utils import toy
 from utils.checks import generator_of
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 TINY = grid.CENTRE._replace(n_steps=6, batch=4)
 

@@ -28,13 +28,12 @@ from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
 from utils.heads import all_heads, attention_patterns
-from utils.ledger.results import ROOT
 from utils.metrics import hold_final_scale
 from utils.models import download, hub, load, load_hf
 from utils.models.hub import hub_folder
 from utils.paths import path_patch
 from utils.selection import node_attribution
-from utils.session import restart
+from utils.session import ROOT, restart
 from utils.weights import name_copying_score
 
 pytestmark = pytest.mark.timeout(300)  # whatever waits for a hub or a kernel ends

@@ -22,7 +22,8 @@ from tools.results import compare
 from utils.circuit import nodes
 from utils.exercises.exercise import RIGHT, WRONG, Stretch
 from utils.heads import Head
-from utils.ledger.results import HOLDS, ROOT, read_json, write_file
+from utils.ledger.results import HOLDS, read_json, write_file
+from utils.session import ROOT
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))

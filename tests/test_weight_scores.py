@@ -122,15 +122,15 @@ def test_planted_heads_score_one_chance_and_minus_one_on_the_papers_scale(start)
 
 def test_eigenvalue_score_equals_the_full_matrix(model):
     heads = [(0, 0), (1, 3), (model.cfg.n_layers - 1, 1)]
-    scores, every = eigenvalue_copying_score(model, heads), eigenvalue_copying_score(model)
+    every = eigenvalue_copying_score(model)
     assert every.shape == (model.cfg.n_layers, model.cfg.n_heads)
-    for score, (layer, head) in zip(scores.tolist(), heads, strict=True):
+    for layer, head in heads:
         ov, w_e, w_u = (w.double() for w in (ov_matrix(model, layer, head), model.W_E, model.W_U))
         token_by_token = model.cfg.d_vocab < 1000  # as defined
         full = w_e @ ov @ w_u if token_by_token else ov @ (w_u @ w_e)
         eigenvalues = torch.linalg.eigvals(full)
         want = (eigenvalues.sum() / eigenvalues.abs().sum()).real.item()
-        assert (score, every[layer, head].item()) == pytest.approx((want, want), abs=1e-3)
+        assert every[layer, head].item() == pytest.approx(want, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["random_smollm2", "toy2"], indirect=True)

@@ -22,9 +22,10 @@ from utils import circuit, ioi, paths, selection
 from utils.circuit import Circuit, Node
 from utils.edits import Run
 from utils.heads import Head
-from utils.ledger.results import ROOT, plain, read_json, write_json
+from utils.ledger.results import plain, read_json, write_json
 from utils.metrics import Estimate, LogitDiff, estimate
 from utils.models import load_model, model_label, weights_digest
+from utils.session import ROOT
 
 PROJECT = ROOT / "project-2-Indirect-Object-Identification"
 SETS = {

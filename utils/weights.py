@@ -121,21 +121,19 @@ def _share_on_attended(
 
 @torch.no_grad()
 @checked
-def eigenvalue_copying_score(
-    model: TransformerBridge, heads: Iterable[tuple[int, int]] | None = None
-) -> Float[Tensor, "*heads"]:
+def eigenvalue_copying_score(model: TransformerBridge) -> Float[Tensor, "layer head"]:
     """Sum of the eigenvalues of W_E W_V W_O W_U over the sum of their sizes, from -1 to 1.
 
     Near 1 the head copies: what it makes of a mix of tokens raises that mix (Elhage et al. 2021,
-    "copying"). Gives [layer head], or [n] for a list of heads. Embedding and unembedding are taken
-    as they are: what the first MLP does to a token, and the scale of LayerNorm, are left out.
+    "copying"). Embedding and unembedding are taken as they are: what the first MLP does to a token,
+    and the scale of LayerNorm, are left out.
     """
-    w_v, w_o = ov_weights(model, all_heads(model) if heads is None else heads)
+    w_v, w_o = ov_weights(model, all_heads(model))
     # AB and BA share their non-zero eigenvalues: d_head numbers instead of a vocabulary of them
     small = w_o @ (model.W_U @ model.W_E) @ w_v
     eigenvalues = torch.linalg.eigvals(small.cpu().double())
     score = (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float().to(w_v.device)
-    return score if heads is not None else score.unflatten(0, (-1, model.cfg.n_heads))
+    return score.unflatten(0, (-1, model.cfg.n_heads))
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def sweep_in_packs(
             ]  # each [copy prompt read d_model]
             return read_out(model, metric, torch.cat(resid, dim=1), last_alone)
 
+        # by start, and then by block: within a pack the copies join as `Replay.run` wants them
         order = sorted(range(len(interventions)), key=begins.__getitem__)
         found: dict[int, Tensor] = {}
         for start, group in groupby(order, key=lambda i: begins[i][0]):
