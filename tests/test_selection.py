@@ -124,12 +124,6 @@ def test_the_worst_set_begins_with_the_head_that_has_a_backup():
     assert steps[0].figure == pytest.approx((f[0].mean() - f[1].mean()).abs().item(), abs=1e-4)
 
 
-def test_no_steps_are_refused(random_gpt2, no_forward):
-    prompts = ioi_prompts(random_gpt2, 4)
-    with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
-        node_attribution(random_gpt2, prompts, Run({}), n_steps=0)
-
-
 def test_the_distance_is_a_share_of_what_the_model_does():
     f_model = torch.tensor([3.0, 5.0])
     alone = torch.tensor([[3.0, 5.0], [5.0, 5.0], [2.0, 8.0]])

@@ -13,7 +13,6 @@ from test_circuit import random_prompts
 from utils import circuit as c
 from utils.edits import Run, heads_from, record, sweep
 from utils.engine.readout import check_metric
-from utils.ledger.claims import Claim, Ledger
 from utils.metrics import LogitDiff, TokenLoss, logit_diff
 from utils.models import load_hf, load_model, model_label
 from utils.patching import patch_heads
@@ -221,13 +220,6 @@ def test_figures_do_not_depend_on_the_number_of_threads(random_gpt2, n_threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_yes_is_no_figure(tmp_path, monkeypatch):
-    monkeypatch.setenv("MECH_INTERP_RESULTS", str(tmp_path))
-    claim = Claim("s", "s", "Measured: m. Holds when it is.", holds=lambda figure: figure > 0.5)
-    with pytest.raises(TypeError, match="measured must be a number or an Estimate, got True"):
-        Ledger("project", {"a": claim}, "m", "w").record("a", True)
 
 
 def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(
