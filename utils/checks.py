@@ -15,9 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from utils.typed import BadArgument, Hooks, checked, kind_of
 
-# the weights, by identity and number of changes, that were found finite: looked at once, as a sweep
-# checks its model for every head
-_finite: WeakKeyDictionary[TransformerBridge, list] = WeakKeyDictionary()
+# what weights, by identity and number of changes, were found finite, and whether norms are folded
+# into them: looked at once, as a sweep checks its model for every head
+_known: WeakKeyDictionary[TransformerBridge, tuple[list, bool]] = WeakKeyDictionary()
 
 
 @checked
@@ -43,29 +43,28 @@ def check_model(model: TransformerBridge, folded: bool = True) -> None:
     if coarse := kinds - {torch.float32, torch.float64}:
         kind = next(iter(coarse))
         raise ValueError(f"model is in {kind}, too coarse for single heads: call model.float()")
-    _check_finite(model, weights)
+    is_folded = _finite_and_folded(model, weights)
     if torch.is_autocast_enabled(torch.device(model.cfg.device).type):
         raise ValueError("model runs under torch.autocast, too coarse for single heads: leave it")
-    if folded and not (model.compatibility_mode and all(map(_is_folded, model.blocks))):
+    if folded and not (model.compatibility_mode and is_folded):
         raise ValueError("model must be in compatibility mode: call enable_compatibility_mode()")
 
 
-def _check_finite(model: TransformerBridge, weights: list[Tensor]) -> None:
-    """Raise ValueError for weights that are nan or infinite."""
+def _finite_and_folded(model: TransformerBridge, weights: list[Tensor]) -> bool:
+    """Whether the norms before attention only normalise (`fold_ln=False` leaves their weights).
+
+    Raises ValueError for weights that are nan or infinite.
+    """
     # tensors made in inference mode do not count their changes
     state = [(id(p), p.is_inference() or p._version) for p in weights]
-    if _finite.get(model) == state:
-        return
-    if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
-        raise ValueError(f"model: {what}")
-    _finite[model] = state
-
-
-def _is_folded(block: torch.nn.Module) -> bool:
-    """Whether the norm before attention only normalises (`fold_ln=False` leaves its weights)."""
-    norm = dict(block.ln1.named_parameters()) if hasattr(block, "ln1") else {}
-    return all((weight == weight.flatten()[0]).all() for weight in norm.values())
+    if model not in _known or _known[model][0] != state:
+        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
+            raise ValueError(f"model: {what}")
+        norms = [block.ln1 for block in model.blocks if hasattr(block, "ln1")]
+        scales = [weight for norm in norms for weight in norm.parameters()]
+        _known[model] = state, all((w == w.flatten()[0]).all() for w in scales)
+    return _known[model][1]
 
 
 @checked

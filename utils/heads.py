@@ -109,7 +109,7 @@ def key_value_head(model: TransformerBridge, head: tuple[int, int]) -> Head:
     return Head(layer, query * n_site_heads(model, "k") // model.cfg.n_heads)
 
 
-# `checked` refuses nan; these take it, as a score of a pattern with gaps is nan itself, not ranked
+# `checked` refuses nan; these take it: a pattern with gaps has a score of nan, which shows
 of_patterns = partial(checked, gaps_in=("pattern",))
 
 

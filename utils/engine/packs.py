@@ -40,7 +40,8 @@ def sweep_in_packs(
     does not fit. Raises ValueError for an edit at no block or that does not fit the prompts.
     """
     n_prompts, n_positions = tokens.shape
-    last_alone, read = read is None, list(read or [n_positions - 1])
+    last_alone = read is None  # the metric then gives one value per prompt
+    read = [n_positions - 1] if read is None else list(read)
     n_part = min(n_prompts, rows_that_fit(model, n_positions))
     names = [f"blocks.{layer}.{x}" for layer in range(model.cfg.n_layers) for x in KEPT]
     check_cache(model, tokens, names)
