@@ -599,87 +599,55 @@ FIT = {"of shorter prompts", "of fewer prompts", "nan", "lists", "one number a h
 IDS = {"negative", "too large", "padding right", "padding left", "too long"}
 ANSWERS = {"negative answers", "padding"}
 DRAWN = {"whole", "nan", "inf", "list"}  # a figure has gaps
+
+
+def each(argument, values, functions):
+    return {(name, argument): values for name in functions.split()}
+
+
 RIGHT = {
     # shapes and the tokenizer are read, no weights
-    ("checks.start_token", "model"): STATE,
-    ("checks.check_hooks", "model"): STATE,
-    ("checks.check_length", "model"): STATE,
-    ("heads.n_site_heads", "model"): STATE,
-    ("heads.all_heads", "model"): STATE,
-    ("ioi.single_token_names", "model"): STATE,
-    ("ioi.ioi_prompts", "model"): {"not folded"},
-    ("ioi.eight_prompts", "model"): {"not folded"},
-    ("ioi.adversarial_prompts", "model"): {"not folded"},
-    ("prompts.ordinary_tokens", "model"): STATE,
-    ("prompts.repeated_tokens", "model"): STATE,
-    ("prompts.induction_prompts", "model"): STATE,
-    ("prompts.long_texts", "model"): STATE,
-    ("prompts.kind_prompts", "model"): STATE,
-    ("weights.composition_baseline", "model"): STATE,
+    **each("model", STATE, "checks.start_token checks.check_hooks checks.check_length"),
+    **each("model", STATE, "heads.n_site_heads heads.all_heads ioi.single_token_names"),
+    **each("model", STATE, "prompts.ordinary_tokens prompts.repeated_tokens prompts.long_texts"),
+    **each("model", STATE, "prompts.induction_prompts prompts.kind_prompts own_text.token_words"),
+    **each("model", STATE, "weights.composition_baseline"),
     # a run as it is, with nothing read off or replaced that folding moves
-    ("checks.check_tokens", "model"): {"not folded"},
-    ("heads.attention_patterns", "model"): {"not folded"},
-    ("heads.score_heads", "model"): {"not folded"},
-    ("metrics.token_batches", "model"): {"not folded"},
-    ("metrics.hold_final_scale", "model"): {"not folded"},
-    ("metrics.per_token_loss", "model"): {"not folded"},
-    ("toy.snapshot", "model"): {"not folded"},
+    **each("model", {"not folded"}, "ioi.ioi_prompts ioi.eight_prompts ioi.adversarial_prompts"),
+    **each("model", {"not folded"}, "checks.check_tokens heads.attention_patterns toy.snapshot"),
+    **each("model", {"not folded"}, "heads.score_heads metrics.token_batches"),
+    **each("model", {"not folded"}, "metrics.hold_final_scale metrics.per_token_loss"),
     # an edit is a value: what does not fit is refused by the run that it is put into
+    **each("source", FIT, "edits.heads_from edits.each_head_from"),
+    **each("means", {*FIT, "of another model"}, "circuit.knock_out circuit.outside"),
+    **each("at", {"empty"}, "edits.heads_from edits.stream_from"),
     ("ablation.pattern_preserving", "patterns"): FIT,
-    ("circuit.knock_out", "means"): {*FIT, "of another model"},
-    ("circuit.outside", "means"): {*FIT, "of another model"},
-    ("edits.heads_from", "source"): FIT,
-    ("edits.each_head_from", "source"): FIT,
     ("edits.nodes_from", "source"): {*FIT, "of another model"},
-    ("edits.heads_from", "at"): {"empty"},
-    ("edits.stream_from", "at"): {"empty"},
     ("edits.hooks", "edits"): {
-        "no such place",
-        "where of floats",
-        "where of other prompts",
-        "source of fewer",
-        "nan in source",
-        "of another model",
-        "source of None",
-        "source of 'x'",
-        "source of nan",
-        "source of [1.0]",
-        "source of a tensor",
-        "source of nothing",
-        "name of a number",
-        "where of nothing",
+        *("no such place", "where of floats", "where of other prompts", "where of nothing"),
+        *("source of fewer", "nan in source", "of another model", "source of a tensor"),
+        *("source of None", "source of 'x'", "source of nan", "source of [1.0]"),
+        *("source of nothing", "name of a number"),
     },
     ("LogitDiff", "hooks"): {"no such place"},  # no model is known
     ("controls.by_steps", "name"): {"empty", "punctuation", "no model"},  # any text
-    ("controls.your_text", "text"): {"punctuation"},
-    ("own_text.text_tokens", "text"): {"punctuation"},
+    **each("text", {"punctuation"}, "controls.your_text own_text.text_tokens"),
     ("own_text.token_words", "tokens"): {"padding right", "padding left", "too long"},
-    ("own_text.token_words", "model"): STATE,
     ("Ledger.table", "seeds"): {"text"},  # a file that is not there yet
-    ("own_text.run_text", "heads"): {"twice"},
     ("own_text.run_text", "source"): {"of fewer prompts"},  # it is of one
-    ("own_text.run_at_end", "heads"): {"twice"},
     ("Ledger.record_heads", "heads"): {"labels", "twice", "empty"},  # as text, and perhaps none
-    ("circuit.means_run", "site"): {"unknown"},
+    **each("site", {"unknown"}, "circuit.means_run edits.hook_name"),
     ("ablation.control_sizes", "sizes"): {"too large"},  # there is no such control
-    ("edits.hook_name", "site"): {"unknown"},
     ("heads.as_heads", "heads"): {"twice", "layer too high", "head too high", "negative", "empty"},
     # each is measured alone, or marked once: a head that comes twice changes nothing
-    ("ablation.pattern_preserving", "heads"): {"twice"},
-    ("attribution.head_projections", "heads"): {"twice"},
-    ("attribution.of_heads", "heads"): {"twice"},
-    ("attribution.attention_at", "heads"): {"twice"},
-    ("attribution.attention_table", "heads"): {"twice"},
-    ("edits.heads_from", "heads"): {"twice"},
-    ("edits.each_head_from", "heads"): {"twice"},
-    ("heads.check_heads", "heads"): {"twice"},
-    ("patching.patch_heads", "heads"): {"twice"},
+    **each("heads", {"twice"}, "ablation.pattern_preserving attribution.head_projections"),
+    **each("heads", {"twice"}, "attribution.of_heads attribution.attention_at heads.check_heads"),
+    **each("heads", {"twice"}, "attribution.attention_table edits.heads_from weights.ov_weights"),
+    **each("heads", {"twice"}, "edits.each_head_from patching.patch_heads weights.qk_weights"),
+    **each("heads", {"twice"}, "weights.own_logit_largest weights.name_copying_score"),
+    **each("heads", {"twice"}, "own_text.run_text own_text.run_at_end"),
     ("paths.path_patch", "senders"): {"twice"},
     ("paths.path_patch", "receivers"): {"twice"},
-    ("weights.ov_weights", "heads"): {"twice"},
-    ("weights.qk_weights", "heads"): {"twice"},
-    ("weights.own_logit_largest", "heads"): {"twice"},
-    ("weights.name_copying_score", "heads"): {"twice"},
     ("weights.composition_scores", "writers"): {"twice"},
     ("weights.composition_scores", "readers"): {"twice"},
     # no layer, no head or no node to leave out
@@ -687,48 +655,36 @@ RIGHT = {
     ("edits.record", "n_layers"): {"zero"},
     ("selection.each_removed", "kept"): {"none"},
     # tokens are compared with each other, or only counted
-    ("edits.only_at", "tokens"): IDS,
-    ("heads.prefix_matching_score", "tokens"): IDS,
+    **each("tokens", IDS, "edits.only_at heads.prefix_matching_score"),
     ("metrics.repeats_bigram", "tokens"): {*IDS, "empty"},
-    ("circuit.means_run", "prompts"): ANSWERS,
-    ("selection.named_nodes", "prompts"): ANSWERS,
+    **each("prompts", ANSWERS, "circuit.means_run selection.named_nodes"),
     ("LogitDiff", "answers"): {"too large"},  # no vocabulary is known
     ("TokenLoss", "targets"): {"too large"},
     ("power_law.fit_power_law", "seeds"): {"negative", "too large"},  # names of groups
     ("power_law.held_out_share", "groups"): {"negative", "too large"},
     ("prompts.long_texts", "seed"): {"negative", "too large"},  # any number
-    ("training.sharpest_drop", "steps"): {"too large"},  # they still rise
-    ("toy.share_formed", "steps"): {"too large"},
-    ("toy.plateaus", "steps"): {"too large"},
+    # they still rise
+    **each("steps", {"too large"}, "training.sharpest_drop toy.share_formed toy.plateaus"),
     ("attribution.of_heads", "values"): AXES,
     # a score of nan is nan, and is not ranked
-    ("heads.previous_token_score", "pattern"): {*AXES, "nan", "inf"},
+    **each("pattern", {*AXES, "nan", "inf"}, "heads.previous_token_score heads.induction_score"),
     ("heads.duplicate_token_score", "pattern"): {*AXES, "nan", "inf"},
-    ("heads.induction_score", "pattern"): {*AXES, "nan", "inf"},
     ("heads.prefix_matching_score", "pattern"): {"nan", "inf"},
-    ("metrics.half_losses", "loss"): {"empty"},
-    ("metrics.icl_score", "loss"): {"empty"},
+    **each("loss", {"empty"}, "metrics.half_losses metrics.icl_score"),
     ("selection.distance", "f_circuit"): AXES,
     ("toy.smear", "k"): {"empty"},
     ("weights.on_paper_scale", "share"): AXES,
-    ("plotting.heatmap", "values"): DRAWN,
-    ("plotting.head_heatmap", "values"): DRAWN,
     ("checks.check_range", "values"): AXES - {"empty"},
     ("checks.check_length", "n_tokens"): {"zero", "negative"},
     ("metrics.icl_score", "window"): {"zero"},
-    ("plotting.lines", "x"): DRAWN,
-    ("plotting.panels", "x"): DRAWN,
-    ("plotting.scatter", "x"): DRAWN,
+    **each("values", DRAWN, "plotting.heatmap plotting.head_heatmap plotting.bars"),
+    **each("x", DRAWN, "plotting.lines plotting.panels plotting.scatter"),
     ("plotting.scatter", "y"): DRAWN,
-    ("plotting.bars", "values"): DRAWN,
     ("plotting.bars", "errors"): DRAWN,
     ("plotting.attention", "patterns"): DRAWN,
-    ("rules.above", "figure"): {"nan"},  # told by the ledger
-    ("rules.above", "bound"): {"nan"},
-    ("rules.at_least", "figure"): {"nan"},
-    ("rules.at_least", "bound"): {"nan"},
-    ("rules.below", "figure"): {"nan"},
-    ("rules.below", "bound"): {"nan"},
+    # told by the ledger
+    **each("figure", {"nan"}, "rules.above rules.at_least rules.below"),
+    **each("bound", {"nan"}, "rules.above rules.at_least rules.below"),
 }
 
 # What an error may name in place of the argument: the part of it that is wrong
