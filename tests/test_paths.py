@@ -1,5 +1,7 @@
 """Path patching against the paper's recipe, in whole runs with plain hooks."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -24,12 +26,16 @@ def metric(logits):
     return logits[:, -1, 7] - logits[:, -1, 11]
 
 
+@lru_cache(maxsize=2)  # of one test's prompts, which are the same tensors for every sender
+def activations(model, tokens):
+    return model.run_with_cache(tokens)[1]
+
+
 def recipe(model, original, new, sender, receivers=(), site=None, positions=None, metric=metric):
     """Appendix B of Wang et al.: run both, freeze all but the sender, then put what arrives."""
     n_layers = range(model.cfg.n_layers)
     z_names = [f"blocks.{layer}.attn.hook_z" for layer in n_layers]
-    from_original = model.run_with_cache(original)[1]
-    from_new = model.run_with_cache(new)[1]
+    from_original, from_new = activations(model, original), activations(model, new)
     frozen = {name: from_original[name].clone() for name in z_names}
     layer, head = sender
     frozen[z_names[layer]][:, :, head] = from_new[z_names[layer]][:, :, head]
