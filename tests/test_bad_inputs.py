@@ -149,7 +149,7 @@ def rows(kit):
             effects=rand(n, 3, 4), threshold=0.1, sign=1, groups=torch.arange(n) % 2 == 0
         ),
         "circuit.nodes": dict(circuit=circuit),
-        "circuit.random_circuits": dict(model=model, circuit=circuit, n_draws=2, seed=0),
+        "circuit.random_circuits": dict(model=model, circuit=circuit, n_draws=2),
         "circuit.check_prompts": on,
         "circuit.abc_means": dict(**on, site="z"),
         "circuit.check_means": alone,
@@ -237,14 +237,14 @@ def rows(kit):
             site="q",
             positions=end,
         ),
-        "power_law.fit_power_law": dict(**grown, seeds=torch.arange(8) % 2, n_draws=3, seed=0),
+        "power_law.fit_power_law": dict(**grown, seeds=torch.arange(8) % 2),
         "power_law.held_out_share": dict(**grown, groups=torch.arange(8) // 2),
         "prompts.ordinary_tokens": dict(model=model),
         "prompts.repeated_tokens": dict(model=model, n_prompts=2, seq_len=5, n_repeats=2, seed=0),
         "prompts.induction_prompts": dict(model=model, n_prompts=2, seq_len=8, seed=0),
         "prompts.long_texts": dict(model=model, n_texts=1, n_tokens=20, seed=0),
         "prompts.kind_prompts": dict(model=model, n_prompts=2, n_lines=8, seed=0),
-        "selection.node_attribution": dict(**alone, n_steps=1),
+        "selection.node_attribution": alone,
         "selection.named_nodes": dict(attribution=rand(n, 3, length, 4), prompts=prompts),
         "selection.each_added": dict(**alone, kept=nodes, candidates=[(Head(1, 1), "END")]),
         "selection.each_removed": dict(
@@ -282,7 +282,7 @@ def rows(kit):
         "weights.composition_scores": dict(
             model=model, kind="K", writers=[(0, 1), (0, 2)], readers=[(2, 1), (2, 2)]
         ),
-        "weights.composition_baseline": dict(model=model, n=3, seed=0),
+        "weights.composition_baseline": dict(model=model, n=3),
         "plotting.heatmap": dict(values=cells, x=list("abcd"), y=list("abc"), limit=1.0, **title),
         "plotting.head_heatmap": dict(values=cells, **title),
         "plotting.lines": dict(x=rand(4), series=series, **words),

@@ -288,7 +288,7 @@ def test_signs_turned_at_random_are_selected_no_more_often_than_three_errors_pro
 
 
 def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):
-    draws = c.random_circuits(random_gpt2, CIRCUIT, n_draws=20, seed=3)
+    draws = c.random_circuits(random_gpt2, CIRCUIT, n_draws=20)
     taken = {head for heads in CIRCUIT.values() for head in heads}
     for draw in draws:
         assert {role: len(h) for role, h in draw.items()} == {r: len(h) for r, h in CIRCUIT.items()}
@@ -297,8 +297,7 @@ def test_random_circuits_have_the_same_size_and_other_heads(random_gpt2):
         assert not set(heads) & taken
     drawn = {head for draw in draws for part in draw.values() for head in part}
     assert drawn == set(all_heads(random_gpt2)) - taken  # every other head can be drawn
-    assert draws == c.random_circuits(random_gpt2, CIRCUIT, n_draws=20, seed=3)
-    assert draws != c.random_circuits(random_gpt2, CIRCUIT, n_draws=20, seed=4)
+    assert draws == c.random_circuits(random_gpt2, CIRCUIT, n_draws=20)
 
 
 # Bad input

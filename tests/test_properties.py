@@ -172,11 +172,11 @@ def test_batches_and_the_order_of_prompts_and_heads_change_no_figure(seed, n):
 @FEW
 @given(st.integers(0, 1000))
 def test_composition_lies_between_0_and_1_in_any_order_of_heads(seed):
-    random = weights.composition_baseline(MODEL, n=3, seed=seed)
+    random = weights.composition_baseline(MODEL, n=3)
     assert ((random >= 0) & (random <= 1)).all()
     writers, readers = [(0, h) for h in range(3)], [(1, h) for h in range(3)]
     order = shuffled(seed, 3).tolist()
-    for kind in weights.KINDS:
+    for kind in "QKV":
         found = weights.composition_scores(MODEL, kind, writers, readers)
         assert ((found >= 0) & (found <= 1)).all()
         mixed = [writers[i] for i in order]

@@ -32,10 +32,11 @@ def setting(model, prompts, others):
     return means, whole - c.run_circuit(model, prompts, means, set())
 
 
-def test_attributions_add_up_to_what_all_heads_do(random_gpt2):
+def test_attributions_add_up_to_what_all_heads_do(random_gpt2, monkeypatch):
+    monkeypatch.setattr("utils.selection.DIALS", 20)
     prompts = ioi_prompts(random_gpt2, 20, seed=1)  # more than a batch
     means, done = setting(random_gpt2, prompts, ioi_prompts(random_gpt2, 40, seed=2))
-    found = node_attribution(random_gpt2, prompts, means, n_steps=20)
+    found = node_attribution(random_gpt2, prompts, means)
     assert found.shape == (20, 3, prompts.tokens.shape[1], 4)
     total = found.flatten(1).sum(1)
     torch.testing.assert_close(total, done, atol=0.02 * done.abs().max().item(), rtol=0)
@@ -47,7 +48,7 @@ def test_one_mean_may_stand_for_all_prompts(random_gpt2):
     prompts = ioi_prompts(random_gpt2, 18, seed=1)  # more than a batch
     alike = mean_run(random_gpt2, prompts.tokens)
     spread = {name: z.expand(18, *z.shape[1:]) for name, z in alike.activations.items()}
-    got, want = (node_attribution(random_gpt2, prompts, m, 1) for m in (alike, Run(spread)))
+    got, want = (node_attribution(random_gpt2, prompts, m) for m in (alike, Run(spread)))
     torch.testing.assert_close(got, want)
 
 

@@ -118,9 +118,7 @@ def nodes(circuit: Circuit) -> set[Node]:
 
 
 @checked
-def random_circuits(
-    model: TransformerBridge, circuit: Circuit, n_draws: int, seed: int = 0
-) -> list[Circuit]:
+def random_circuits(model: TransformerBridge, circuit: Circuit, n_draws: int) -> list[Circuit]:
     """Circuits of the same size, role by role, drawn from the heads that are not in the circuit.
 
     Raises ValueError for fewer than one draw, and when the model has too few other heads.
@@ -132,7 +130,7 @@ def random_circuits(
     others = [head for head in all_heads(model) if head not in taken]
     if len(others) < sum(sizes):
         raise ValueError(f"circuit has {sum(sizes)} heads, the model only {len(others)} others")
-    generator = generator_of(seed)
+    generator = generator_of(0)
 
     def draw() -> Circuit:
         order = torch.randperm(len(others), generator=generator)[: sum(sizes)]

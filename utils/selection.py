@@ -37,20 +37,20 @@ from utils.ioi import IOIPrompts
 from utils.metrics import last_position_hooks, logit_diff
 from utils.typed import checked
 
+DIALS = 5  # more bring the sum of attributions closer to F(M) - F(empty)
 BATCH = 16  # prompts at a time: the gradient keeps every activation
 
 
 @checked
 def node_attribution(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, n_steps: int = 5
+    model: TransformerBridge, prompts: IOIPrompts, means: Run
 ) -> Float[Tensor, "prompt layer pos head"]:
     """What every head at every position adds to the logit difference of each prompt.
 
-    `means` as for `circuit.run_circuit` (`circuit.means_run`). More steps bring the sum closer to
-    F(M) - F(empty). Raises ValueError for fewer than one step, and means that do not fit;
-    MemoryError if what the gradient keeps takes over 80 % of the free memory.
+    `means` as for `circuit.run_circuit` (`circuit.means_run`). The slope is taken at
+    `DIALS` places on the way. Raises ValueError for means that do not fit; MemoryError if what the
+    gradient keeps takes over 80 % of the free memory.
     """
-    check_count("n_steps", n_steps)
     check_means(model, prompts, means)
     check_gradient(model, prompts.tokens[:BATCH])
     parts = []
@@ -58,10 +58,8 @@ def node_attribution(
         rows = slice(first, first + BATCH)
         usual = {n: m[rows] if len(m) > 1 else m for n, m in means.activations.items()}
         tokens, answers = prompts.tokens[rows], prompts.answers[rows]
-        slopes = [
-            _slopes(model, tokens, answers, usual, (step + 0.5) / n_steps)
-            for step in range(n_steps)
-        ]
+        dials = [(step + 0.5) / DIALS for step in range(DIALS)]
+        slopes = [_slopes(model, tokens, answers, usual, dial) for dial in dials]
         parts.append(torch.stack(slopes).mean(0))
     return torch.cat(parts)
 

@@ -20,7 +20,6 @@ from utils.metrics import token_batches
 from utils.prompts import ordinary_tokens
 from utils.typed import checked
 
-KINDS = ("Q", "K", "V")
 TOP = 5  # a head copies a name that it puts among so many largest logits
 
 
@@ -248,9 +247,7 @@ def composition_scores(
 
 
 @checked
-def composition_baseline(
-    model: TransformerBridge, n: int = 100, seed: int = 0
-) -> Float[Tensor, "n"]:
+def composition_baseline(model: TransformerBridge, n: int = 100) -> Float[Tensor, "n"]:
     """Composition scores of `n` pairs of heads with Gaussian weights of the model's shapes.
 
     What two heads score that know nothing of each other, in a residual stream without preferred
@@ -258,7 +255,7 @@ def composition_baseline(
     """
     check_count("n", n)
     shape = (n, 4, model.cfg.d_model, model.cfg.d_head)
-    weights = torch.randn(shape, generator=generator_of(seed))
+    weights = torch.randn(shape, generator=generator_of(0))
     w_v, w_o, w_q, w_k = weights.unbind(1)
     writes, reads = FactoredMatrix(w_v, w_o.mT), FactoredMatrix(w_q, w_k.mT)
     return frobenius_scores(writes, reads, broadcast_dims=False)
