@@ -163,13 +163,15 @@ def test_running_out_of_memory_in_the_check_is_no_refusal(new_neox, monkeypatch,
 # Packs
 
 
-def test_neither_packs_nor_parts_of_the_prompts_change_a_result(small_model, monkeypatch):
+@pytest.mark.parametrize("name", ["random_gpt2", "llama"])  # learned positions, and rotary
+def test_neither_packs_nor_parts_of_the_prompts_change_a_result(request, name, monkeypatch):
     """Four prompts one by one, in parts of three and one, and in packs of three copies."""
-    at_once = every_sweep(small_model)
+    model = request.getfixturevalue(name)
+    at_once = every_sweep(model)
     for rows in (1, 3, 12):
         monkeypatch.setattr(packs, "rows_that_fit", lambda *_, rows=rows: rows)
         monkeypatch.setattr(direct, "rows_that_fit", lambda *_, rows=rows: rows)
-        assert_same(every_sweep(small_model), at_once)
+        assert_same(every_sweep(model), at_once)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
