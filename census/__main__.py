@@ -14,7 +14,7 @@ from pathlib import Path
 
 from census import grid
 from census.rows import Results
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

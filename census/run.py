@@ -9,7 +9,7 @@ from pathlib import Path
 
 from census.grid import Task
 from census.rows import DONE, FAILED, Results
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 LEAN = Path(__file__).parent / "lean"
 sys.path.insert(0, str(LEAN))  # see what is in there

@@ -12,15 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from census.grid import SNAPSHOTS, Toy
 from utils.checks import generator_of
-from utils.heads import prefix_matching_score, previous_token_score, score_heads, top_heads
-from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
-from utils.toy import HELD_OUT, HELD_OUT_SEED, VOCAB, share_formed, smear
+from utils.toy import HELD_OUT, HELD_OUT_SEED, build_toy, share_formed, smear, snapshot, toy_batch
 from utils.typed import checked
 
 FORMED = 0.5  # prefix-matching score of the best head from which on a head has formed
@@ -35,44 +32,11 @@ def check_toy(toy: Toy) -> None:
         if not (isinstance(value, kind) and least <= value < math.inf):
             whole = " and whole" if kind is int else ""
             raise ValueError(f"{name} must be at least {least}{whole}, got {value!r}")
-    if not 2 <= toy.shortest <= toy.longest < VOCAB:
-        got = f"{toy.shortest} to {toy.longest}"
-        raise ValueError(f"shortest and longest must be in order within 2..{VOCAB - 1}, got {got}")
+    toy_batch(generator_of(toy.seed), 1, toy.shortest, toy.longest)  # raises for other lengths
     if toy.context < (two := 1 + 2 * toy.longest):
         raise ValueError(f"context must hold two segments, {two} tokens, got {toy.context}")
     if toy.lr <= 0:
         raise ValueError(f"lr must be positive, got {toy.lr}")
-
-
-def build(toy: Toy) -> TransformerBridge:
-    """The untrained model; at the centre the same as `utils.toy.build_toy`'s."""
-    check_toy(toy)
-    config = TransformerBridgeConfig(
-        n_layers=toy.n_layers,
-        d_model=toy.d_model,
-        n_heads=toy.n_heads,
-        d_head=32,
-        d_vocab=VOCAB,
-        n_ctx=toy.context,
-        attn_only=True,
-        act_fn=None,
-        normalization_type="LN",
-        seed=toy.seed,
-    )
-    model = TransformerBridge.boot_native(config, device="cpu")
-    if toy.smeared:
-        alpha = torch.nn.Parameter(torch.zeros(toy.n_heads))
-        model.original_model.register_parameter("smear_alpha", alpha)
-        model.add_hook("blocks.0.attn.hook_k", lambda k, hook: smear(k, alpha), is_permanent=True)
-    return model.eval()
-
-
-def batch_of(toy: Toy, generator: torch.Generator) -> Int[Tensor, "sequence pos"]:
-    """Training data, drawn as `utils.toy.toy_batch` does."""
-    segments = 1 + torch.rand(toy.batch, VOCAB - 1, generator=generator).argsort(-1)
-    lengths = torch.randint(toy.shortest, toy.longest + 1, (toy.batch, 1), generator=generator)
-    body = segments.gather(1, torch.arange(toy.context - 1) % lengths)
-    return functional.pad(body, (1, 0))
 
 
 def loss_of(model: TransformerBridge, tokens: Int[Tensor, "sequence pos"]) -> Float[Tensor, ""]:
@@ -102,22 +66,29 @@ def train(toy: Toy) -> dict:
 
 def trained(toy: Toy) -> tuple[TransformerBridge, dict]:
     """The trained model, and the figures of its row."""
-    model = build(toy)
+    check_toy(toy)
+    lengths = toy.shortest, toy.longest, toy.context
+    model = build_toy(toy.n_layers, toy.smeared, toy.seed, toy.n_heads, toy.d_model, toy.context)
     held_out = repeated_tokens(model, HELD_OUT, toy.longest, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=toy.lr)
     generator = generator_of(toy.seed)
     interval = max(1, toy.n_steps // SNAPSHOTS)
-    steps, snapshots = [0], [_measure(model, held_out, toy.longest)]
+    steps, snapshots = [0], [snapshot(model, held_out, toy.shortest)]
     for step in range(1, toy.n_steps + 1):
         with torch.enable_grad():
-            loss = loss_of(model, batch_of(toy, generator))
+            loss = loss_of(model, toy_batch(generator, toy.batch, *lengths))
             optimiser.zero_grad()
             loss.backward()
         optimiser.step()
         if step % interval == 0 or step == toy.n_steps:
             steps.append(step)
-            snapshots.append(_measure(model, held_out, toy.longest))
-    curves = {name: torch.tensor([s[name] for s in snapshots]) for name in snapshots[0]}
+            snapshots.append(snapshot(model, held_out, toy.shortest))
+    over_time = {name: torch.stack([one[name] for one in snapshots]) for name in snapshots[0]}
+    prefix = over_time["prefix_matching"].flatten(1).max(1)  # the best head's score, and which
+    curves = {name: over_time[name] for name in ("first_loss", "second_loss")}
+    curves |= {"icl": over_time["icl_score"], "prefix": prefix.values}
+    curves["previous"] = over_time["previous_token"].flatten(1).amax(1)
+    curves["prefix_layer"] = (prefix.indices // toy.n_heads).float()
     n_parameters = sum(p.numel() for p in model.parameters())
     return model, {"n_parameters": n_parameters} | summary(toy, torch.tensor(steps), curves)
 
@@ -165,18 +136,3 @@ def sharpest_drop(
 
 def _norm(norm: torch.nn.Module, x: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d"]:
     return functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, eps=1e-5)
-
-
-@torch.no_grad()
-def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], longest: int) -> dict:
-    """Losses and the in-context-learning score in nats, and the best head of either kind."""
-    loss = per_token_loss(model, tokens)
-    first, second = half_losses(loss, longest)
-    early, around = 1 + longest // 2, min(5, longest // 3)
-    icl = icl_score(loss, early=early, late=early + longest, window=around)
-    prefix = score_heads(model, tokens, prefix_matching_score).mean(0)
-    previous = score_heads(model, tokens[:, : 1 + longest], previous_token_score).mean(0)
-    (best,) = top_heads(prefix, k=1)
-    found = {"first_loss": first.mean(), "second_loss": second.mean(), "icl": icl.mean()}
-    found |= {"prefix": prefix.max(), "previous": previous.max(), "prefix_layer": best.layer}
-    return {name: float(value) for name, value in found.items()}

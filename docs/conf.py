@@ -8,7 +8,7 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 from tools.site import PAGES, REPOSITORY
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 project = html_title = "Mechanistic Interpretability Replications"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]

@@ -956,7 +956,7 @@ RIGHT = {
         exponent_by_lstsq,
         exponent_by_loop,
         exponent_by_descent,
-        lambda x, y: power_law.fit_power_law({"x": x}, y, torch.arange(len(x)) * 0, 1)[1]["x"].mean,
+        lambda x, y: power_law.fit_power_law({"x": x}, y, torch.arange(len(x)) * 0)[1]["x"].mean,
     ],
 }
 

@@ -660,13 +660,7 @@ RIGHT = {
         lambda x, a: torch.stack([r[-1, i] - r[-1, j] for r, (i, j) in zip(x, a, strict=True)]),
         lambda x, a: -x[:, -1].log_softmax(-1).gather(1, a).diff(dim=1)[:, 0],
     ],
-    "logit_lens": [
-        lens_by_directions,
-        lens_by_hooks,
-        lens_by_cache,
-        lens_by_loop,
-        lens_by_parts,
-    ],
+    "logit_lens": [lens_by_directions, lens_by_hooks, lens_by_cache, lens_by_loop, lens_by_parts],
     "head_attribution": [
         heads_by_loop,
         heads_in_float64,
@@ -747,14 +741,8 @@ RIGHT = {
         lambda z, t, w: torch.stack([z.double()[t == i].mean(0) for i in w.tolist()]),
     ],
     "circuit_alone": ALONE,
-    "role_completeness": [
-        *map(completeness_by, ALONE[:4]),
-        completeness_by_nodes,
-    ],
-    "head_minimality": [
-        *map(minimality_by, ALONE[:4]),
-        minimality_stacked,
-    ],
+    "role_completeness": [*map(completeness_by, ALONE[:4]), completeness_by_nodes],
+    "head_minimality": [*map(minimality_by, ALONE[:4]), minimality_stacked],
 }
 
 
@@ -852,11 +840,7 @@ WRONG = [
     ),
     ("sweep_heads", sweep_bound_late, "Every head gets what belongs to the last"),
     ("sweep_heads", sweep_at_values, "hooks are at the values"),
-    (
-        "sweep_heads",
-        lambda *args: 0 * sweep_by_library(*args),
-        "zero",
-    ),
+    ("sweep_heads", lambda *args: 0 * sweep_by_library(*args), "zero"),
     ("sweep_heads", leaves_hooks, "leaves hooks on the model"),
     ("sweep_heads", lambda *args: sweep_by_library(*args).mean(0), "average over prompt"),
     ("sweep_heads", lambda *args: sweep_by_library(*args).movedim(0, -1), "in another order"),

@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Tokenizer,
-    GPTNeoXConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Tokenizer, GPTNeoXConfig, LlamaConfig
 
 from utils.models import load_hf, load_model
 
@@ -50,24 +43,25 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
-def smollm2_hf():
-    """The same weights, untouched, for reference computations."""
-    return load_hf("smollm2-135m")[0].model
+def smollm2_files():
+    """The same weights in Hugging Face's model, untouched, and the tokenizer."""
+    return load_hf("smollm2-135m")[0]
 
 
-def save_random_gpt2(folder, tokenizer, **shape):
-    """A random GPT-2 (learned positions, LayerNorm, biases) in Hugging Face format."""
+def save_random(folder, tokenizer, kind=GPT2Config, **shape):
+    """A random GPT-2 (learned positions, LayerNorm, biases), or another kind of model."""
     generator = torch.Generator().manual_seed(0)
-    config = GPT2Config(
+    config = kind(
         **shape,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = GPT2LMHeadModel(config)
-    # GPT-2 starts with zero biases and unit scales, which would hide mistakes with either.
+    model = AutoModelForCausalLM.from_config(config)
+    # it starts with zero biases and unit scales, which would hide mistakes with either
     for name, parameter in model.named_parameters():
-        centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+        is_scale = ".ln_" in name or "norm" in name
+        centre = 1.0 if is_scale and name.endswith("weight") else 0.0
         with torch.no_grad():
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
@@ -79,10 +73,10 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=64, n_positions=256)
 
 
 @pytest.fixture(scope="session")
-def random_gpt2_folder(tmp_path_factory):
+def random_gpt2_folder(tmp_path_factory, smollm2_files):
     """A small random GPT-2 with SmolLM2's tokenizer."""
-    tokenizer = load_hf("smollm2-135m")[0].tokenizer
-    return save_random_gpt2(tmp_path_factory.mktemp("random") / "random-gpt2", tokenizer, **SMALL)
+    folder = tmp_path_factory.mktemp("random") / "random-gpt2"
+    return save_random(folder, smollm2_files.tokenizer, **SMALL)
 
 
 def gpt2_tokenizer():
@@ -102,14 +96,14 @@ def gpt2_tokenizer():
 def gpt2_stand_in(tmp_path_factory):
     """A small random model that goes by GPT-2 small's label, with its tokenizer."""
     folder = tmp_path_factory.mktemp("stand-in") / "gpt2-small"
-    return save_random_gpt2(folder, gpt2_tokenizer(), **SMALL)
+    return save_random(folder, gpt2_tokenizer(), **SMALL)
 
 
 @pytest.fixture(scope="session")
 def gpt2_full_shape(tmp_path_factory):
     """The same in GPT-2 small's full shape: 12 layers of 12 heads, 124 million weights."""
     folder = tmp_path_factory.mktemp("full-shape") / "gpt2-small"
-    return save_random_gpt2(folder, gpt2_tokenizer(), n_layer=12, n_head=12, n_embd=768)
+    return save_random(folder, gpt2_tokenizer(), n_layer=12, n_head=12, n_embd=768)
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +119,30 @@ def random_gpt2_hf(random_gpt2_folder):
 
 
 @pytest.fixture(scope="session")
-def random_bridge(smollm2):
+def random_smollm2_folder(tmp_path_factory, smollm2_files):
+    """SmolLM2 in small, with random weights: rotary, RMSNorm, grouped keys and values, tied."""
+    shape = dict(
+        num_hidden_layers=4, hidden_size=72, intermediate_size=96, tie_word_embeddings=True
+    )
+    shape |= dict(num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)
+    shape |= dict(tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("random") / "random-smollm2"
+    return save_random(folder, smollm2_files.tokenizer, LlamaConfig, **shape)
+
+
+@pytest.fixture(scope="session")
+def random_smollm2(random_smollm2_folder):
+    return load_model(str(random_smollm2_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def random_smollm2_hf(random_smollm2_folder):
+    """That model, untouched, for reference computations."""
+    return load_hf(str(random_smollm2_folder))[0].model
+
+
+@pytest.fixture(scope="session")
+def random_bridge(smollm2_files):
     """A function from a configuration to a model with random weights, in compatibility mode."""
 
     def build(config):
@@ -133,7 +150,7 @@ def random_bridge(smollm2):
         bridge = TransformerBridge.boot_transformers(
             "random",
             hf_model=AutoModelForCausalLM.from_config(config),
-            tokenizer=smollm2.tokenizer,
+            tokenizer=smollm2_files.tokenizer,
             dtype=torch.float32,
         )
         bridge.enable_compatibility_mode()
@@ -174,15 +191,9 @@ def toy2():
     return model
 
 
-@pytest.fixture(params=["smollm2", "random_gpt2", "llama", "neox", "toy2"])
-def every_model(request):
-    """Each kind of model in turn."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=["random_gpt2", "llama", "neox", "toy2"])
 def small_model(request):
-    """Each kind of model in turn, but only small ones."""
+    """Each kind of model in turn."""
     return request.getfixturevalue(request.param)
 
 
@@ -211,7 +222,7 @@ def no_forward(monkeypatch):
     )
 
 
-@pytest.fixture(params=["smollm2", "random_gpt2"])
+@pytest.fixture(params=["random_smollm2", "random_gpt2"])
 def model_pair(request):
     """A model in compatibility mode, and the untouched Hugging Face model."""
     return request.getfixturevalue(request.param), request.getfixturevalue(request.param + "_hf")

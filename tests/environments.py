@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "build", "my", "__pycache__", ".*_cache")
 

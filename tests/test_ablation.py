@@ -7,7 +7,6 @@ from references import log_probs, recorded
 from utils import metrics
 from utils.ablation import losses, mean_run, pattern_preserving, random_control
 from utils.edits import Run, heads_from, hooks, record
-from utils.heads import cache_heads
 from utils.metrics import per_token_loss
 from utils.prompts import repeated_tokens
 
@@ -60,8 +59,8 @@ def test_means_are_the_same_in_small_batches(random_gpt2, monkeypatch):
     torch.testing.assert_close(stacked(mean_run(random_gpt2, tokens)), means)
 
 
-def test_pattern_preserving_ablation_equals_hooks_written_out(every_model, draw):
-    model, tokens = every_model, draw(every_model)
+def test_pattern_preserving_ablation_equals_hooks_written_out(small_model, draw):
+    model, tokens = small_model, draw(small_model)
     heads = [(0, 1), (0, 2), (1, 3)]
     _, cache = model.run_with_cache(tokens)
 
@@ -88,7 +87,7 @@ def test_frozen_patterns_are_those_of_the_other_run(random_gpt2):
     stored = record(random_gpt2, others, ["pattern"])
     edits = pattern_preserving(random_gpt2, [(0, 3)], stored)
     with random_gpt2.hooks(fwd_hooks=hooks(edits)):
-        frozen = cache_heads(random_gpt2, tokens, ["pattern", "z"])
+        frozen = random_gpt2.run_with_cache(tokens)[1]
     for name, pattern in stored.activations.items():
         torch.testing.assert_close(frozen[name], pattern)
     # the first layer's values are its own, attended to as in the other run
@@ -99,8 +98,8 @@ def test_frozen_patterns_are_those_of_the_other_run(random_gpt2):
 
 
 @pytest.mark.parametrize("n_prompts", [1, 3])
-def test_losses_equal_one_whole_run_each(every_model, draw, n_prompts):
-    model, tokens = every_model, draw(every_model, n_prompts, seed=4)
+def test_losses_equal_one_whole_run_each(small_model, draw, n_prompts):
+    model, tokens = small_model, draw(small_model, n_prompts, seed=4)
     top = model.cfg.n_layers - 1
     runs = {
         "none": [],
@@ -138,20 +137,8 @@ def test_random_control_takes_other_heads_of_the_same_layers(smollm2):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: mean_run(m, torch.ones(2).long()), "tokens must be .*prompt pos"),
-        (lambda m: mean_run(m, torch.ones(0, 1).long()), "tokens is empty"),
         (lambda m: mean_run(m, torch.ones(3, 1).long(), False), "prompts of one token"),
-        (lambda m: losses(m, torch.ones(1, 4).long(), {}, columns=[3]), r"columns .* 0\.\.2"),
-        (
-            lambda m: losses(m, torch.ones(1, 4).long(), {"a": []}, columns=[]),
-            r"columns .*got \[\]",
-        ),
-        (lambda m: losses(m, torch.ones(1, 4).long(), {}), "interventions is empty"),
-        (lambda m: losses(m, torch.ones(4).long(), {"a": []}), "tokens must be .*prompt pos"),
         (lambda m: random_control(m, [(0, 0), (0, 1), (0, 2)], 1), "layer 0 has 1 other heads, 3"),
-        (lambda m: random_control(m, [(0, 0)], 0), "n_draws must be at least 1"),
-        (lambda m: random_control(m, [(0, 4)], 1), "no head L0H4"),
-        (lambda m: random_control(m, [], 1), "heads is empty"),
     ],
 )
 def test_bad_input_is_named(random_gpt2, call, message):

@@ -166,7 +166,7 @@ def finite_difference(model, clean, corrupted, answers, layer, head, step=0.003)
     return (moved(step) - moved(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "smollm2"])
+@pytest.mark.parametrize("name", [*MODELS, "random_smollm2"])
 def test_attribution_patching_equals_a_finite_difference(request, name):
     model = request.getfixturevalue(name)
     clean, corrupted, answers = make_task(model)
@@ -216,7 +216,6 @@ def test_the_model_is_left_as_it_was(random_gpt2):
 
 TOKENS, ANSWERS = torch.ones(2, 4).long(), torch.tensor([[1, 2], [3, 4]])
 PATTERNS, AT = torch.ones(2, 3, 4, 5, 5), torch.tensor([0, 4])
-NOT_ONE_A_PROMPT = r"metric must give .*\[prompt\] values, got shape \(\)"
 
 
 def attend(heads, dest, source, patterns=PATTERNS):
@@ -235,25 +234,9 @@ def patch(corrupted, metric=lambda x: x[:, -1, 0], clean=TOKENS):
             lambda m: direct_logit_attribution(m, TOKENS, ANSWERS[:, :1]),
             "answers must be Int.*'prompt 2'",
         ),
-        (lambda m: head_attribution(m, TOKENS, ANSWERS.float()), "answers must be Int"),
-        (lambda m: head_attribution(m, TOKENS, -ANSWERS), r"answers must lie in 0\.\."),
-        (lambda m: direct_logit_attribution(m, TOKENS[:, :0], ANSWERS), "tokens is empty"),
-        (lambda m: direct_logit_attribution(m, TOKENS[:0], ANSWERS[:0]), "is empty"),
-        (lambda m: head_projections(m, TOKENS, [], ANSWERS), "heads is empty"),
         (lambda m: head_projections(m, TOKENS, [(0, 0)], ANSWERS[:, :0]), "is empty"),
-        (lambda m: head_projections(m, TOKENS, [(3, 0)], ANSWERS), "no head L3H0"),
-        (attend([(0, 0)], AT, 5 - AT), r"source must lie in 0\.\.4, got 1\.\.5"),
-        (attend([(0, 0)], -AT, AT), r"dest must lie in 0\.\.4, got -4\.\.0"),
         (attend([(0, 0)], AT[:1], AT), "dest must be Int.* prompt=2"),
-        (attend([(0, 0)], AT, AT.float()), "source must be Int"),
-        (attend([(0, 9)], AT, AT), r"heads must lie in 0\.\.3"),
-        (attend([], AT, AT), "heads.* empty"),
-        (attend([(0, 0)], AT, AT, PATTERNS[0]), "patterns must be Float"),
         (patch(TOKENS[:, 1:]), "corrupted must be .*pos=4"),
-        (patch(TOKENS[:0], clean=TOKENS[:0]), "clean is empty"),
-        (patch(-TOKENS), "corrupted must lie in"),
-        (patch(TOKENS, "z"), "metric must be"),
-        (patch(TOKENS, lambda x: x.mean()), NOT_ONE_A_PROMPT),
         (patch(TOKENS, lambda x: x[:, -1, 0].detach()), "metric must give differentiable"),
     ],
 )
@@ -263,8 +246,6 @@ def test_bad_input_is_named(random_gpt2, call, message):
 
 
 def test_a_model_that_cannot_be_read_is_refused(random_gpt2, monkeypatch):
-    with pytest.raises(ValueError, match="must be in compatibility mode"):
-        head_attribution(build_toy(2), TOKENS, ANSWERS)
     # where a norm stands between heads and residual stream, heads have no output of their own
     monkeypatch.setattr(
         random_gpt2.blocks[0], "ln1_post", torch.nn.Identity().eval(), raising=False

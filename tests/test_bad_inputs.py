@@ -20,7 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from census.grid import Toy
-from census.training import build, check_toy, sharpest_drop, train, trained
+from census.training import check_toy, sharpest_drop, train, trained
+from utils.circuit import Node
 from utils.edits import Run, heads_from, record
 from utils.heads import Head
 from utils.ioi import IOIPrompts, ioi_prompts
@@ -52,20 +53,9 @@ def functions():
 
 FUNCTIONS = dict(functions()) | {"LogitDiff": LogitDiff, "TokenLoss": TokenLoss, "Ledger": Ledger}
 FUNCTIONS |= {f"Ledger.{f.__name__}": f for f in (Ledger.record, Ledger.record_heads, Ledger.table)}
-FUNCTIONS |= {
-    f"training.{f.__name__}": f for f in (check_toy, build, train, trained, sharpest_drop)
-}
+FUNCTIONS |= {f"training.{f.__name__}": f for f in (check_toy, train, trained, sharpest_drop)}
 # text and switches: any value of the type is right
-FREE = {
-    "desc",
-    "distinct",
-    "name",
-    "per_position",
-    "folded",
-    "smeared",
-    "grouped",
-    "kwargs",
-}
+FREE = {"desc", "distinct", "name", "per_position", "folded", "smeared", "grouped", "kwargs"}
 FREE |= {"x_label", "y_label", "value_label", "head_label", "note", "diverging"}
 FREE |= {"log_x", "log_y"}
 FREE |= {"diagonal", "options", "size", "verdicts", "self", "others", "named", "what"}
@@ -93,7 +83,7 @@ def kit(gpt2_stand_in, tmp_path_factory):
         claim = Claim("It is.", "s", "Measured: m. Holds when it is.", holds=lambda figure: True)
         ledger = Ledger("project", {"a": claim}, "m", "w")
     plain = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50))
-    nodes = {(Head(0, 1), "S2"), (Head(2, 3), "END")}
+    nodes = {Node(Head(0, 1), "S2"), Node(Head(2, 3), "END")}
     trained = train_toy(1, n_steps=1)
     return SimpleNamespace(**locals())
 
@@ -141,12 +131,7 @@ def rows(kit):
             patterns=patterns, heads=heads, dest=at["END"], source=at["S2"]
         ),
         "attribution.attention_table": dict(
-            patterns=patterns,
-            positions=at,
-            heads=heads,
-            dest="END",
-            sources=["S2"],
-            least=0.1,
+            patterns=patterns, positions=at, heads=heads, dest="END", sources=["S2"], least=0.1
         ),
         "attribution.attribution_patching": dict(
             model=model, clean=tokens, corrupted=abc, metric=metric
@@ -160,14 +145,11 @@ def rows(kit):
         "checks.check_hooks": dict(model=model, hooks=[]),
         "checks.check_length": dict(model=model, n_tokens=5, name="n_tokens"),
         "checks.generator_of": dict(seed=1),
-        "circuit.select_heads": dict(effects=rand(n, 3, 4), threshold=0.1, sign=1, n_errors=3.0),
-        "circuit.select_in_groups": dict(
-            effects=rand(n, 3, 4), groups=torch.arange(n) % 2 == 0, threshold=0.1, sign=1
+        "circuit.select_heads": dict(
+            effects=rand(n, 3, 4), threshold=0.1, sign=1, groups=torch.arange(n) % 2 == 0
         ),
         "circuit.nodes": dict(circuit=circuit),
-        "circuit.node_label": dict(node=(Head(1, 2), "END")),
-        "circuit.node_from_label": dict(label="L1H2 END"),
-        "circuit.random_circuits": dict(model=model, circuit=circuit, n_draws=2, seed=0),
+        "circuit.random_circuits": dict(model=model, circuit=circuit, n_draws=2),
         "circuit.check_prompts": on,
         "circuit.abc_means": dict(**on, site="z"),
         "circuit.check_means": alone,
@@ -204,7 +186,6 @@ def rows(kit):
         "heads.check_heads": dict(model=model, heads=heads, site="z"),
         "heads.all_heads": dict(model=model, site="z"),
         "heads.key_value_head": dict(model=model, head=(1, 2)),
-        "heads.cache_heads": dict(**run, sites=["z"]),
         "heads.previous_token_score": dict(pattern=rand(2, 5, 5)),
         "heads.duplicate_token_score": dict(pattern=rand(2, 9, 9), seq_len=4),
         "heads.induction_score": dict(pattern=rand(2, 9, 9), seq_len=4),
@@ -256,14 +237,14 @@ def rows(kit):
             site="q",
             positions=end,
         ),
-        "power_law.fit_power_law": dict(**grown, seeds=torch.arange(8) % 2, n_draws=3, seed=0),
+        "power_law.fit_power_law": dict(**grown, seeds=torch.arange(8) % 2),
         "power_law.held_out_share": dict(**grown, groups=torch.arange(8) // 2),
         "prompts.ordinary_tokens": dict(model=model),
         "prompts.repeated_tokens": dict(model=model, n_prompts=2, seq_len=5, n_repeats=2, seed=0),
         "prompts.induction_prompts": dict(model=model, n_prompts=2, seq_len=8, seed=0),
         "prompts.long_texts": dict(model=model, n_texts=1, n_tokens=20, seed=0),
         "prompts.kind_prompts": dict(model=model, n_prompts=2, n_lines=8, seed=0),
-        "selection.node_attribution": dict(**alone, n_steps=1),
+        "selection.node_attribution": alone,
         "selection.named_nodes": dict(attribution=rand(n, 3, length, 4), prompts=prompts),
         "selection.each_added": dict(**alone, kept=nodes, candidates=[(Head(1, 1), "END")]),
         "selection.each_removed": dict(
@@ -275,9 +256,14 @@ def rows(kit):
         ),
         "selection.backward_search": dict(**alone, candidates=sorted(nodes), n_left=1),
         "selection.worst_set": dict(**alone, kept=nodes, n_steps=1),
-        "toy.build_toy": dict(n_layers=1, seed=0),
+        "toy.build_toy": dict(n_layers=1, seed=0, n_heads=1, d_model=8, context=9),
         "toy.smear": dict(k=rand(2, 4, 3, 5), alpha=rand(3)),
-        "toy.toy_batch": dict(generator=torch.Generator().manual_seed(0), n_sequences=2),
+        "toy.toy_batch": dict(
+            generator=torch.Generator(), n_sequences=2, shortest=2, longest=3, context=9
+        ),
+        "toy.snapshot": dict(
+            model=model, tokens=torch.arange(7, 12).repeat(2, 3)[:, :11], shortest=2
+        ),
         "toy.train_toy": dict(n_layers=1, seed=0, n_steps=1),
         "training.sharpest_drop": dict(steps=steps, loss=fall, window=2),
         "toy.share_formed": dict(steps=steps, values=fall, centre=20.0, width=10.0),
@@ -289,14 +275,14 @@ def rows(kit):
         "weights.copying_of_output": dict(model=model, tokens=short),
         "weights.on_paper_scale": dict(share=rand(3)),
         "weights.copying_score": dict(model=model, tokens=short),
-        "weights.eigenvalue_copying_score": dict(model=model, heads=heads),
+        "weights.eigenvalue_copying_score": dict(model=model),
         "weights.own_logit_largest": dict(model=model, heads=heads, n_tokens=3, seed=0),
         "weights.name_copying_score": dict(model=model, names=answers[:, 0], heads=heads, sign=1),
         "weights.name_copying_in_place": dict(**run, positions=s2, sign=1),
         "weights.composition_scores": dict(
             model=model, kind="K", writers=[(0, 1), (0, 2)], readers=[(2, 1), (2, 2)]
         ),
-        "weights.composition_baseline": dict(model=model, n=3, seed=0),
+        "weights.composition_baseline": dict(model=model, n=3),
         "plotting.heatmap": dict(values=cells, x=list("abcd"), y=list("abc"), limit=1.0, **title),
         "plotting.head_heatmap": dict(values=cells, **title),
         "plotting.lines": dict(x=rand(4), series=series, **words),
@@ -340,7 +326,6 @@ def rows(kit):
         "load.model_label": dict(model=model),
         "load.weights_digest": dict(model=model),
         "training.check_toy": toy,
-        "training.build": toy,
         "training.train": toy,
         "training.trained": toy,
         "controls.by_steps": dict(figure=kit.film, name="step"),
@@ -518,6 +503,7 @@ def wrong_edits(x, kit):
 HEADS = {"heads", "exclude", "ranked", "senders", "receivers", "writers", "readers"}
 COUNTS = {"n_prompts", "n_draws", "n_steps", "n_tokens", "n_texts", "n_lines", "n_repeats"}
 COUNTS |= {"n_sequences", "seq_len", "n", "n_layers", "window", "early", "late", "k", "count"}
+COUNTS |= {"n_heads", "d_model", "context", "shortest", "longest"}
 NAMED = {"seed": SEED, "sign": SIGN, "site": SITE, "metric": METRIC, "circuit": CIRCUIT}
 NAMED |= dict.fromkeys(COUNTS, COUNT) | dict.fromkeys(("nodes", "kept", "removed"), NODES)
 SOME = {"none": None, "float": [1.5], "text": "x", "negative": [-1], "too large": [10**6]}
@@ -613,88 +599,55 @@ FIT = {"of shorter prompts", "of fewer prompts", "nan", "lists", "one number a h
 IDS = {"negative", "too large", "padding right", "padding left", "too long"}
 ANSWERS = {"negative answers", "padding"}
 DRAWN = {"whole", "nan", "inf", "list"}  # a figure has gaps
+
+
+def each(argument, values, functions):
+    return {(name, argument): values for name in functions.split()}
+
+
 RIGHT = {
     # shapes and the tokenizer are read, no weights
-    ("checks.start_token", "model"): STATE,
-    ("checks.check_hooks", "model"): STATE,
-    ("checks.check_length", "model"): STATE,
-    ("heads.n_site_heads", "model"): STATE,
-    ("heads.all_heads", "model"): STATE,
-    ("ioi.single_token_names", "model"): STATE,
-    ("ioi.ioi_prompts", "model"): {"not folded"},
-    ("ioi.eight_prompts", "model"): {"not folded"},
-    ("ioi.adversarial_prompts", "model"): {"not folded"},
-    ("prompts.ordinary_tokens", "model"): STATE,
-    ("prompts.repeated_tokens", "model"): STATE,
-    ("prompts.induction_prompts", "model"): STATE,
-    ("prompts.long_texts", "model"): STATE,
-    ("prompts.kind_prompts", "model"): STATE,
-    ("weights.composition_baseline", "model"): STATE,
+    **each("model", STATE, "checks.start_token checks.check_hooks checks.check_length"),
+    **each("model", STATE, "heads.n_site_heads heads.all_heads ioi.single_token_names"),
+    **each("model", STATE, "prompts.ordinary_tokens prompts.repeated_tokens prompts.long_texts"),
+    **each("model", STATE, "prompts.induction_prompts prompts.kind_prompts own_text.token_words"),
+    **each("model", STATE, "weights.composition_baseline"),
     # a run as it is, with nothing read off or replaced that folding moves
-    ("checks.check_tokens", "model"): {"not folded"},
-    ("heads.cache_heads", "model"): {"not folded"},
-    ("heads.attention_patterns", "model"): {"not folded"},
-    ("heads.score_heads", "model"): {"not folded"},
-    ("metrics.token_batches", "model"): {"not folded"},
-    ("metrics.hold_final_scale", "model"): {"not folded"},
-    ("metrics.per_token_loss", "model"): {"not folded"},
+    **each("model", {"not folded"}, "ioi.ioi_prompts ioi.eight_prompts ioi.adversarial_prompts"),
+    **each("model", {"not folded"}, "checks.check_tokens heads.attention_patterns toy.snapshot"),
+    **each("model", {"not folded"}, "heads.score_heads metrics.token_batches"),
+    **each("model", {"not folded"}, "metrics.hold_final_scale metrics.per_token_loss"),
     # an edit is a value: what does not fit is refused by the run that it is put into
+    **each("source", FIT, "edits.heads_from edits.each_head_from"),
+    **each("means", {*FIT, "of another model"}, "circuit.knock_out circuit.outside"),
+    **each("at", {"empty"}, "edits.heads_from edits.stream_from"),
     ("ablation.pattern_preserving", "patterns"): FIT,
-    ("circuit.knock_out", "means"): {*FIT, "of another model"},
-    ("circuit.outside", "means"): {*FIT, "of another model"},
-    ("edits.heads_from", "source"): FIT,
-    ("edits.each_head_from", "source"): FIT,
     ("edits.nodes_from", "source"): {*FIT, "of another model"},
-    ("edits.heads_from", "at"): {"empty"},
-    ("edits.stream_from", "at"): {"empty"},
     ("edits.hooks", "edits"): {
-        "no such place",
-        "where of floats",
-        "where of other prompts",
-        "source of fewer",
-        "nan in source",
-        "of another model",
-        "source of None",
-        "source of 'x'",
-        "source of nan",
-        "source of [1.0]",
-        "source of a tensor",
-        "source of nothing",
-        "name of a number",
-        "where of nothing",
+        *("no such place", "where of floats", "where of other prompts", "where of nothing"),
+        *("source of fewer", "nan in source", "of another model", "source of a tensor"),
+        *("source of None", "source of 'x'", "source of nan", "source of [1.0]"),
+        *("source of nothing", "name of a number"),
     },
     ("LogitDiff", "hooks"): {"no such place"},  # no model is known
     ("controls.by_steps", "name"): {"empty", "punctuation", "no model"},  # any text
-    ("controls.your_text", "text"): {"punctuation"},
-    ("own_text.text_tokens", "text"): {"punctuation"},
+    **each("text", {"punctuation"}, "controls.your_text own_text.text_tokens"),
     ("own_text.token_words", "tokens"): {"padding right", "padding left", "too long"},
-    ("own_text.token_words", "model"): STATE,
     ("Ledger.table", "seeds"): {"text"},  # a file that is not there yet
-    ("own_text.run_text", "heads"): {"twice"},
     ("own_text.run_text", "source"): {"of fewer prompts"},  # it is of one
-    ("own_text.run_at_end", "heads"): {"twice"},
     ("Ledger.record_heads", "heads"): {"labels", "twice", "empty"},  # as text, and perhaps none
-    ("circuit.means_run", "site"): {"unknown"},
+    **each("site", {"unknown"}, "circuit.means_run edits.hook_name"),
     ("ablation.control_sizes", "sizes"): {"too large"},  # there is no such control
-    ("edits.hook_name", "site"): {"unknown"},
     ("heads.as_heads", "heads"): {"twice", "layer too high", "head too high", "negative", "empty"},
     # each is measured alone, or marked once: a head that comes twice changes nothing
-    ("ablation.pattern_preserving", "heads"): {"twice"},
-    ("attribution.head_projections", "heads"): {"twice"},
-    ("attribution.of_heads", "heads"): {"twice"},
-    ("attribution.attention_at", "heads"): {"twice"},
-    ("attribution.attention_table", "heads"): {"twice"},
-    ("edits.heads_from", "heads"): {"twice"},
-    ("edits.each_head_from", "heads"): {"twice"},
-    ("heads.check_heads", "heads"): {"twice"},
-    ("patching.patch_heads", "heads"): {"twice"},
+    **each("heads", {"twice"}, "ablation.pattern_preserving attribution.head_projections"),
+    **each("heads", {"twice"}, "attribution.of_heads attribution.attention_at heads.check_heads"),
+    **each("heads", {"twice"}, "attribution.attention_table edits.heads_from weights.ov_weights"),
+    **each("heads", {"twice"}, "edits.each_head_from patching.patch_heads weights.qk_weights"),
+    **each("heads", {"twice"}, "weights.own_logit_largest weights.name_copying_score"),
+    **each("heads", {"twice"}, "own_text.run_text own_text.run_at_end"),
     ("paths.path_patch", "senders"): {"twice"},
     ("paths.path_patch", "receivers"): {"twice"},
-    ("weights.ov_weights", "heads"): {"twice"},
-    ("weights.qk_weights", "heads"): {"twice"},
-    ("weights.eigenvalue_copying_score", "heads"): {"twice"},
-    ("weights.own_logit_largest", "heads"): {"twice"},
-    ("weights.name_copying_score", "heads"): {"twice"},
     ("weights.composition_scores", "writers"): {"twice"},
     ("weights.composition_scores", "readers"): {"twice"},
     # no layer, no head or no node to leave out
@@ -702,48 +655,36 @@ RIGHT = {
     ("edits.record", "n_layers"): {"zero"},
     ("selection.each_removed", "kept"): {"none"},
     # tokens are compared with each other, or only counted
-    ("edits.only_at", "tokens"): IDS,
-    ("heads.prefix_matching_score", "tokens"): IDS,
+    **each("tokens", IDS, "edits.only_at heads.prefix_matching_score"),
     ("metrics.repeats_bigram", "tokens"): {*IDS, "empty"},
-    ("circuit.means_run", "prompts"): ANSWERS,
-    ("selection.named_nodes", "prompts"): ANSWERS,
+    **each("prompts", ANSWERS, "circuit.means_run selection.named_nodes"),
     ("LogitDiff", "answers"): {"too large"},  # no vocabulary is known
     ("TokenLoss", "targets"): {"too large"},
     ("power_law.fit_power_law", "seeds"): {"negative", "too large"},  # names of groups
     ("power_law.held_out_share", "groups"): {"negative", "too large"},
     ("prompts.long_texts", "seed"): {"negative", "too large"},  # any number
-    ("training.sharpest_drop", "steps"): {"too large"},  # they still rise
-    ("toy.share_formed", "steps"): {"too large"},
-    ("toy.plateaus", "steps"): {"too large"},
+    # they still rise
+    **each("steps", {"too large"}, "training.sharpest_drop toy.share_formed toy.plateaus"),
     ("attribution.of_heads", "values"): AXES,
     # a score of nan is nan, and is not ranked
-    ("heads.previous_token_score", "pattern"): {*AXES, "nan", "inf"},
+    **each("pattern", {*AXES, "nan", "inf"}, "heads.previous_token_score heads.induction_score"),
     ("heads.duplicate_token_score", "pattern"): {*AXES, "nan", "inf"},
-    ("heads.induction_score", "pattern"): {*AXES, "nan", "inf"},
     ("heads.prefix_matching_score", "pattern"): {"nan", "inf"},
-    ("metrics.half_losses", "loss"): {"empty"},
-    ("metrics.icl_score", "loss"): {"empty"},
+    **each("loss", {"empty"}, "metrics.half_losses metrics.icl_score"),
     ("selection.distance", "f_circuit"): AXES,
     ("toy.smear", "k"): {"empty"},
     ("weights.on_paper_scale", "share"): AXES,
-    ("plotting.heatmap", "values"): DRAWN,
-    ("plotting.head_heatmap", "values"): DRAWN,
     ("checks.check_range", "values"): AXES - {"empty"},
     ("checks.check_length", "n_tokens"): {"zero", "negative"},
     ("metrics.icl_score", "window"): {"zero"},
-    ("plotting.lines", "x"): DRAWN,
-    ("plotting.panels", "x"): DRAWN,
-    ("plotting.scatter", "x"): DRAWN,
+    **each("values", DRAWN, "plotting.heatmap plotting.head_heatmap plotting.bars"),
+    **each("x", DRAWN, "plotting.lines plotting.panels plotting.scatter"),
     ("plotting.scatter", "y"): DRAWN,
-    ("plotting.bars", "values"): DRAWN,
     ("plotting.bars", "errors"): DRAWN,
     ("plotting.attention", "patterns"): DRAWN,
-    ("rules.above", "figure"): {"nan"},  # told by the ledger
-    ("rules.above", "bound"): {"nan"},
-    ("rules.at_least", "figure"): {"nan"},
-    ("rules.at_least", "bound"): {"nan"},
-    ("rules.below", "figure"): {"nan"},
-    ("rules.below", "bound"): {"nan"},
+    # told by the ledger
+    **each("figure", {"nan"}, "rules.above rules.at_least rules.below"),
+    **each("bound", {"nan"}, "rules.above rules.at_least rules.below"),
 }
 
 # What an error may name in place of the argument: the part of it that is wrong

@@ -11,8 +11,9 @@ from tools.pages import to_html
 from utils import plotting
 from utils.diagram import circuit_diagram
 from utils.heads import Head
-from utils.ledger.results import ROOT, read_json
+from utils.ledger.results import read_json
 from utils.ledger.table import LedgerTable, Rule
+from utils.session import ROOT
 
 pytestmark = needs_chromium
 FOLD = "<details><summary>Hint</summary>\n\nHidden\n\n</details>"

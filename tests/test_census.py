@@ -25,7 +25,7 @@ from census.rows import Results
 from census_claims import CLAIMS, figures
 from utils import toy
 from utils.checks import generator_of
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 TINY = grid.CENTRE._replace(n_steps=6, batch=4)
 
@@ -334,13 +334,13 @@ def test_the_quick_loss_trains_as_the_plain_one(change):
     setting = grid.CENTRE._replace(**change)
     losses = []
     for loss_of in (training.loss_of, lambda m, tokens: m(tokens, return_type="loss")):
-        model = training.build(setting)
+        model = toy.build_toy(setting.n_layers, setting.smeared, n_heads=setting.n_heads)
         optimiser = torch.optim.AdamW(model.parameters(), lr=setting.lr)
         generator = generator_of(0)
         found = []
         for _ in range(50 if not change else 10):
             with torch.enable_grad():
-                loss = loss_of(model, training.batch_of(setting, generator))
+                loss = loss_of(model, toy.toy_batch(generator))
                 optimiser.zero_grad()
                 loss.backward()
             optimiser.step()
@@ -350,12 +350,13 @@ def test_the_quick_loss_trains_as_the_plain_one(change):
 
 
 def test_the_centre_is_the_toy_of_the_notebook():
-    ours, theirs = training.build(grid.CENTRE), toy.build_toy(2, seed=0)
-    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    batches = [f(generator_of(3)) for f in (toy.toy_batch, lambda g: training.batch_of(TINY, g))]
-    assert torch.equal(*[b[:4, :1] for b in batches])
-    whole = training.batch_of(grid.CENTRE, generator_of(3))
-    assert torch.equal(whole, toy.toy_batch(generator_of(3)))
+    s = grid.CENTRE
+    ours = toy.build_toy(s.n_layers, s.smeared, s.seed, s.n_heads, s.d_model, s.context)
+    assert all(map(torch.equal, ours.parameters(), toy.build_toy(2).parameters()))
+    batch = toy.toy_batch(generator_of(3), s.batch, s.shortest, s.longest, s.context)
+    assert torch.equal(batch, toy.toy_batch(generator_of(3)))
+    on_held_out = toy.train_toy(2, n_steps=1).steps, training.train(s._replace(n_steps=1))["steps"]
+    assert on_held_out[0].tolist() == on_held_out[1] == [0, 1]
 
 
 def test_a_row_sums_up_the_curves():

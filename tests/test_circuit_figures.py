@@ -53,13 +53,9 @@ def test_the_gap_is_over_the_roles_and_a_share_of_the_model():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: of_heads(VALUES, []), "heads.* empty"),
         (lambda: of_heads(VALUES, [(3, 0)]), r"heads' layers must lie in 0\.\.2"),
-        (lambda: of_heads(VALUES, [(0, -1)]), r"heads must lie in 0\.\.3"),
-        (lambda: of_heads(VALUES[0], [(0, 0)]), "values must be Float"),
         (lambda: attention_table(some_patterns(), POSITIONS, HEADS, "A", ["C"]), "no 'C'"),
         (lambda: attention_table(some_patterns(), POSITIONS, HEADS, "D", ["A"]), "no 'D'"),
-        (lambda: attention_table(some_patterns(), POSITIONS, [], "A", ["B"]), "heads.* empty"),
     ],
 )
 def test_bad_input_is_named(call, message):

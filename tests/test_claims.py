@@ -10,8 +10,9 @@ import pytest
 from ioi_claims import PUBLISHED_CIRCUIT, precision_recall
 from utils.heads import Head
 from utils.ledger.claims import Ledger
-from utils.ledger.results import ROOT, read_json
+from utils.ledger.results import read_json
 from utils.metrics import Estimate
+from utils.session import ROOT
 
 FILES = {
     "induction_claims": "project-1-induction-heads",

@@ -10,9 +10,8 @@ from importlib import metadata
 import nbformat
 import pytest
 
-from utils.ledger.results import ROOT
 from utils.models import offline
-from utils.session import colab
+from utils.session import ROOT, colab
 from utils.session.colab import (
     install_missing,
     install_offline_model,

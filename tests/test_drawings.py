@@ -8,7 +8,7 @@ from contrast import contrast
 
 from tools import drawings
 from utils.diagram import FAMILIES, INK, LOWERS, RAISES
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 NAMES = [(name, dark) for name in drawings.CIRCUITS for dark in (False, True)]
 

@@ -162,8 +162,8 @@ def mixed(model, tokens):
 
 
 @pytest.mark.parametrize(("read", "under_base"), [(None, False), (None, True), ([1, 4], True)])
-def test_a_sweep_is_one_whole_run_for_each(every_model, draw, read, under_base):
-    model, tokens = every_model, draw(every_model)
+def test_a_sweep_is_one_whole_run_for_each(small_model, draw, read, under_base):
+    model, tokens = small_model, draw(small_model)
     top = model.cfg.n_layers - 1
     base = heads_from(model, [(0, 2), (top, 2)], mean_run(model, tokens)) if under_base else []
     answers = torch.tensor([[7, 11], [5, 3]])
@@ -305,34 +305,18 @@ def given(model, name, shape, source=0.0):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: heads_from(m, [], 0.0), "heads is empty"),
         (lambda m: heads_from(m, [(0, 4)], 0.0), "no head L0H4 at 'z': 3 layers of 4 heads"),
-        (lambda m: heads_from(m, [(0, -1)], 0.0), "no head L0H-1"),
         (lambda m: heads_from(m, [0, 1], 0.0), "heads must be Iterable"),
-        (lambda m: heads_from(m, [(0, 0)], 0.0, "w"), "site must be one of .* got 'w'"),
         (lambda m: heads_from(m, [(0, 0)], z_run(1), "q"), "source lacks .*hook_q, it has"),
-        (lambda m: heads_from(m, [(0, 0)], torch.ones(3)), "source must be"),
-        (lambda m: heads_from(m, [(0, 0)], 0.0, at=torch.ones(4) > 0), r"at must be .*pos"),
         (lambda m: stream_from(m, 3, 0.0), r"layer must lie in 0\.\.2, got 3"),
         (lambda m: stream_from(m, -1, 0.0), r"layer must lie in 0\.\.2, got -1"),
         (lambda m: stream_from(m, 0, 0.0, "z"), "site must be one of .* got 'z'"),
         (lambda m: stream_from(m, 0, z_run(1)), "source lacks blocks.0.hook_resid_pre"),
-        (lambda m: nodes_from(torch.ones(2, 3, 4) > 0, 0.0), "mask must be .*layer"),
         (lambda m: only_at(ONES, 4), r"position must lie in 0\.\.3, got 4"),
         (lambda m: only_at(ONES, torch.tensor([-1, 0])), r"position must lie in 0\.\.3"),
         (lambda m: only_at(ONES, torch.tensor([1, 2, 3])), r"position must be .* prompt=2"),
         (lambda m: record(m, ONES, ["z", "w"]), "sites: this model has no blocks.0.*w"),
-        (lambda m: record(m, ONES[:0], ["z"]), "tokens is empty"),
-        (lambda m: record(m, ONES[0], ["z"]), "tokens must be .*prompt pos"),
-        (lambda m: record(m, ONES + m.cfg.d_vocab, ["z"]), "tokens must lie in"),
         (lambda m: pattern_preserving(m, [(0, 0)], z_run(1)), "source lacks .*hook_pattern"),
-        (lambda m: sweep(m, ONES, one_logit, []), "interventions is empty"),
-        (lambda m: sweep(m, ONES[0], one_logit, [[]]), "tokens must be .*prompt pos"),
-        (lambda m: sweep(m, ONES - 2, one_logit, [[]]), "tokens must lie in"),
-        (lambda m: sweep(m, ONES, "logits", [[]]), "metric must be Callable"),
-        (lambda m: sweep(m, ONES, one_logit, [[]], read=[]), r"read must be one or more of 0\.\.3"),
-        (lambda m: sweep(m, ONES, one_logit, [[]], read=[4]), r"read must .* 0\.\.3, got \[4\]"),
-        (lambda m: sweep(m, ONES, one_logit, [[]], read=[-1]), r"read must .* got \[-1\]"),
         (
             lambda m: sweep(m, ONES, one_logit, [[]], heads_from(m, [(0, 0)], z_run(3, 4, 4, 16))),
             r"source of the edit at .* is for \[3, 4, 4, 16\]",

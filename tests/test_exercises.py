@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.exercises import learner
 from utils.exercises.exercise import Exercises, Stretch, hook_point, run_hook
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 from utils.toy import tiny_model
 
 NAMES = sorted(path.stem for path in ROOT.glob("project-*/*_exercises.py"))

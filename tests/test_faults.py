@@ -27,14 +27,13 @@ from utils.attribution import attribution_patching, direct_logit_attribution, he
 from utils.edits import heads_from, record, sweep
 from utils.engine import memory as engine_memory
 from utils.engine import packs
-from utils.heads import all_heads, cache_heads
-from utils.ledger.results import ROOT
+from utils.heads import all_heads, attention_patterns
 from utils.metrics import hold_final_scale
 from utils.models import download, hub, load, load_hf
 from utils.models.hub import hub_folder
 from utils.paths import path_patch
 from utils.selection import node_attribution
-from utils.session import restart
+from utils.session import ROOT, restart
 from utils.weights import name_copying_score
 
 pytestmark = pytest.mark.timeout(300)  # whatever waits for a hub or a kernel ends
@@ -319,7 +318,7 @@ def test_ctrl_c_in_a_sweep_leaves_the_model_as_it_was(tiny, draw, interrupt):
 def test_ctrl_c_in_training_and_then_it_goes_on(monkeypatch, interrupt):
     monkeypatch.setattr(toy, "SNAPSHOT", 2)
     want = toy.train_toy(1, n_steps=4)
-    steps, measure = [], toy._measure
+    steps, measure = [], toy.snapshot
     monkeypatch.setattr(toy, "toy_batch", lambda g, draw=toy.toy_batch: steps.append(1) or draw(g))
     moments, n = 0, 40
     while interrupt(lambda: toy.train_toy(1, n_steps=4), n):
@@ -332,10 +331,10 @@ def test_ctrl_c_in_training_and_then_it_goes_on(monkeypatch, interrupt):
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(toy, "_measure", cut)
+    monkeypatch.setattr(toy, "snapshot", cut)
     with pytest.raises(KeyboardInterrupt):
         toy.train_toy(1, n_steps=4)
-    monkeypatch.setattr(toy, "_measure", measure)
+    monkeypatch.setattr(toy, "snapshot", measure)
     got = toy.train_toy(1, n_steps=4)
     assert len(steps) == 4 + 2  # steps 1 to 4, then 3 and 4
     assert all(map(torch.equal, got[1:], want[1:]))
@@ -510,7 +509,7 @@ def test_what_would_not_fit_is_refused_before_compute(tiny, draw, memory, no_for
     says = r"would take .* MB for 50 prompts, .* 0\.1 MB may be taken: give fewer prompts \(about "
     for call in (
         lambda: record(tiny, tokens, ["z", "q"]),
-        lambda: cache_heads(tiny, tokens, ["pattern"]),
+        lambda: attention_patterns(tiny, tokens),
         lambda: sweep(tiny, tokens, last_logit, [heads_from(tiny, [(0, 0)], 0.0)]),
     ):
         with pytest.raises(MemoryError, match=says) as raised:

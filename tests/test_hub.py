@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import constants
 from stand_in_hub import COMMIT, FROM_HUB, REFUSING, a_hub, always
 
-from utils.ledger.results import ROOT
 from utils.models.hub import hub_trouble
+from utils.session import ROOT
 
 pytestmark = pytest.mark.timeout(300)  # whatever waits for a hub ends
 

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from test_colab import without_notice
 
 from tools import lab, notebooks
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 COPIED = ["Makefile", "requirements.txt", "requirements-dev.txt", "requirements-models.txt"]
 COPIED += ["requirements-census.txt", "constraints.txt"]

@@ -36,6 +36,14 @@ def edit_weights(folder, change):
 # --- what comes out
 
 
+@pytest.fixture(params=["smollm2", "random_gpt2"])
+def model_pair(request, smollm2_files):
+    """A model in compatibility mode, and the untouched Hugging Face model."""
+    whole = request.param == "smollm2"
+    untouched = smollm2_files.model if whole else request.getfixturevalue("random_gpt2_hf")
+    return request.getfixturevalue(request.param), untouched
+
+
 def test_log_probs_equal_those_of_hugging_face(model_pair):
     model, reference = model_pair
     tokens = torch.randint(5, 40_000, (3, 60), generator=torch.Generator().manual_seed(1))
@@ -96,7 +104,7 @@ def test_load_hf_is_untouched_by_a_later_load_model(random_gpt2_folder, random_g
 # --- SmolLM2 from the package
 
 
-def test_converted_weights_equal_the_gguf_file_bit_for_bit(smollm2_hf):
+def test_converted_weights_equal_the_gguf_file_bit_for_bit(smollm2_files):
     fresh, cached = convert_gguf(find_gguf()), load_smollm2()
     states = fresh.model.state_dict(), cached.model.state_dict()
     assert states[0].keys() == states[1].keys()

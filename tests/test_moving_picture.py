@@ -8,8 +8,8 @@ from PIL import Image, ImageColor
 
 from tools import moving_picture
 from tools.moving_picture import FILES, FRAME, LAST, Snapshot, animate, draw, watch_training
-from utils.ledger.results import ROOT
 from utils.look import COLOURS
+from utils.session import ROOT
 
 
 def test_training_is_watched_at_its_steps_and_comes_out_the_same_again():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import mutants
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 SOURCE = '''"""A module."""
 from math import pi

@@ -29,7 +29,8 @@ from tools import (
 from tools.results import markdown_table
 from utils import plotting
 from utils.exercises.exercise import Exercises
-from utils.ledger.results import HOLDS, ROOT, read_json, write_json
+from utils.ledger.results import HOLDS, read_json, write_json
+from utils.session import ROOT
 
 FILE = BytesIO()
 Image.effect_noise((64, 32), 90).convert("RGB").save(FILE, "PNG")

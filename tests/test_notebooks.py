@@ -19,10 +19,11 @@ from tools.notebook_exercises import COMPARED, answer_wrong, find_exercises, sol
 from tools.notebook_outputs import MAX_BYTES, readmes, with_tables
 from tools.notebook_run import execute
 from tools.results import compare
-from utils.circuit import node_label, nodes
+from utils.circuit import nodes
 from utils.exercises.exercise import RIGHT, WRONG, Stretch
 from utils.heads import Head
-from utils.ledger.results import HOLDS, ROOT, read_json, write_file
+from utils.ledger.results import HOLDS, read_json, write_file
+from utils.session import ROOT
 
 MODEL = "smollm2-135m"
 NOTEBOOKS = sorted(ROOT.glob("project-*/*_notebook.ipynb"))
@@ -210,7 +211,7 @@ def test_the_study_is_of_the_circuit_in_the_ledger():
     for study in (ROOT / "project-2-Indirect-Object-Identification/results/study").glob("*.json"):
         ledger = read_json(study.parents[1] / study.name)
         roles = {role: list(map(Head.from_label, hs)) for role, hs in ledger["heads"].items()}
-        assert set(read_json(study)["roles"]) == set(map(node_label, nodes(roles)))
+        assert set(read_json(study)["roles"]) == set(map(str, nodes(roles)))
 
 
 def test_no_head_is_named_that_was_not_computed(notebook):

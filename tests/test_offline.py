@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.ledger.results import ROOT
 from utils.models import offline
 from utils.models.folder import read_folder
 from utils.models.offline import MANIFEST, cache_folder, is_whole, load_smollm2
+from utils.session import ROOT
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from tools.notebooks import find_notebooks
 from tools.pages import contents, to_html
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 BADGE = "[![Open In Colab](https://colab.example/badge.svg)](https://colab.example/x)"
 PROSE = f"{BADGE}\n\n# How *heads* work\n\nThe loss is $-\\log p$, and\n\n$$\\frac{{a}}{{b}}$$"

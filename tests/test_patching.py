@@ -45,7 +45,7 @@ def hf_patched(hf, clean, corrupted, metric, layer, place, site):
 def test_patching_heads_equals_hugging_face_hooks(model_pair, task, site):
     (model, hf), (prompts, metric) = model_pair, task
     clean, corrupted = prompts.clean, prompts.corrupted["key"]
-    heads = [(0, 0), (1, 2)]
+    heads = [(0, 0), (1, 1)]
     got = patch_heads(model, clean, corrupted, metric, site, heads)
     want = [hf_patched(hf, clean, corrupted, metric, la, h, site) for la, h in heads]
     torch.testing.assert_close(got, torch.stack(want, dim=1), **CLOSE)
@@ -77,12 +77,11 @@ def test_all_heads_have_a_place_each(random_gpt2, site):
     torch.testing.assert_close(torch.stack([every[:, 2, 3], every[:, 0, 1]], dim=1), some)
 
 
-def test_grouped_keys_and_values_are_patched_by_key_value_head(smollm2):
-    tokens = repeated_tokens(smollm2, 1, 4)
-    got = patch_heads(smollm2, tokens, tokens, one_logit, "k", [(29, 2)])
-    assert got.shape == (1, 1)
-    with pytest.raises(ValueError, match="no head L29H3 at 'k': 30 layers of 3"):
-        patch_heads(smollm2, tokens, tokens, one_logit, "k", [(29, 3)])
+def test_grouped_keys_and_values_are_patched_by_key_value_head(random_smollm2):
+    tokens = repeated_tokens(random_smollm2, 1, 4)
+    assert patch_heads(random_smollm2, tokens, tokens, one_logit, "k", [(3, 1)]).shape == (1, 1)
+    with pytest.raises(ValueError, match="no head L3H2 at 'k': 4 layers of 2"):
+        patch_heads(random_smollm2, tokens, tokens, one_logit, "k", [(3, 2)])
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
@@ -97,7 +96,7 @@ def test_patching_the_stream_equals_hugging_face_hooks(model_pair, task, site):
 
 
 @pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
-@pytest.mark.parametrize("name", ["random_gpt2", "smollm2"])
+@pytest.mark.parametrize("name", ["random_gpt2", "random_smollm2"])
 def test_patching_sublayers_equals_transformer_lens(request, name, site):
     model = request.getfixturevalue(name)
     prompts = induction_prompts(model, 2, 7)
@@ -169,24 +168,7 @@ def stream(model, *where):
     ("call", "message"),
     [
         (lambda m: patch_heads(m, TOKENS, TOKENS[:, 1:], one_logit), "corrupted must be .* pos=4"),
-        (lambda m: patch_heads(m, TOKENS[:, :0], TOKENS[:, :0], one_logit), "is empty"),
-        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "w"), "site must be .* got 'w'"),
-        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "z", []), "heads is empty"),
-        (lambda m: patch_heads(m, TOKENS, TOKENS, one_logit, "z", [(3, 0)]), "no head L3H0"),
-        (lambda m: stream(m, "resid_pre", [4]), r"positions must be one or more of 0\.\.3, got .4"),
-        (lambda m: stream(m, "resid_pre", []), r"positions must be .* got \[\]"),
-        (lambda m: stream(m, "resid_pre", [0], []), r"layers must be .* got \[\]"),
-        (
-            lambda m: stream(m, "resid_pre", [0], [-1]),
-            r"layers must be .* of 0\.\.2, got .-1",
-        ),
-        (
-            lambda m: stream(m, "resid_pre", [0], [0, 3]),
-            r"layers must be .* of 0\.\.2, got .0, 3",
-        ),
-        (lambda m: stream(m, "resid"), "site must be one of"),
         (lambda m: patch_stream(m, TOKENS, TOKENS[:, 1:], one_logit), "corrupted must be .* pos=4"),
-        (lambda m: patch_stream(m, TOKENS - 2, TOKENS, one_logit), r"clean must lie in .* -1\.\."),
     ],
 )
 @pytest.mark.usefixtures("no_forward")

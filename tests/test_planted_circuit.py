@@ -84,7 +84,7 @@ def test_a_head_that_changes_sides_with_the_order_is_found_in_each_and_not_over_
     assert in_abba > 0.05 and in_baba < -0.05
     over_both = [head for sign in (1, -1) for head in c.select_heads(lost, 0.05, sign)]
     by_order = [
-        head for sign in (1, -1) for head in c.select_in_groups(lost, prompts.is_abba, 0.05, sign)
+        head for sign in (1, -1) for head in c.select_heads(lost, 0.05, sign, prompts.is_abba)
     ]
     assert set(over_both) == {NAME_MOVER, NEGATIVE}
     assert set(by_order) == {NAME_MOVER, NEGATIVE, FIRST_NAME}

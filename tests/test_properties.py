@@ -107,15 +107,6 @@ def test_what_is_added_to_every_logit_changes_no_answer(seed, n, shift):
 
 
 @FEW
-@given(seeds, sizes)
-def test_an_effect_is_0_for_the_corrupted_run_and_1_for_the_clean(seed, n):
-    corrupted = draw(seed, n)
-    clean = corrupted + 1 + draw(seed + 1, n).abs()
-    effect = metrics.normalised_effect(torch.stack([clean, corrupted], 1), clean, corrupted)
-    close(effect.mean(0), torch.tensor([1.0, 0.0]))
-
-
-@FEW
 @given(seeds, st.integers(4, 20))
 def test_all_of_a_change_forms_over_the_whole_training(seed, n):
     steps, values = 10 * torch.arange(n), draw(seed, n)
@@ -159,15 +150,6 @@ def test_patching_prompts_with_themselves_is_nothing(seed, n):
 
 
 @RUNS
-@given(seeds, st.integers(1, 3))
-def test_parts_add_up_to_the_logit_difference(seed, n):
-    tokens, answers = prompts(seed, n)
-    whole = metrics.logit_diff(MODEL(tokens), answers)
-    parts = attribution.direct_logit_attribution(MODEL, tokens, answers)
-    close(parts.values.sum(1), whole)
-
-
-@RUNS
 @given(seeds, st.integers(2, 4))
 def test_batches_and_the_order_of_prompts_and_heads_change_no_figure(seed, n):
     (tokens, answers), (corrupted, _) = prompts(seed, n), prompts(seed + 1, n)
@@ -190,11 +172,11 @@ def test_batches_and_the_order_of_prompts_and_heads_change_no_figure(seed, n):
 @FEW
 @given(st.integers(0, 1000))
 def test_composition_lies_between_0_and_1_in_any_order_of_heads(seed):
-    random = weights.composition_baseline(MODEL, n=3, seed=seed)
+    random = weights.composition_baseline(MODEL, n=3)
     assert ((random >= 0) & (random <= 1)).all()
     writers, readers = [(0, h) for h in range(3)], [(1, h) for h in range(3)]
     order = shuffled(seed, 3).tolist()
-    for kind in weights.KINDS:
+    for kind in "QKV":
         found = weights.composition_scores(MODEL, kind, writers, readers)
         assert ((found >= 0) & (found <= 1)).all()
         mixed = [writers[i] for i in order]

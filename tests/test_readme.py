@@ -6,7 +6,7 @@ import torch
 
 import induction_exercises as checks
 import ioi_exercises
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

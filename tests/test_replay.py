@@ -9,13 +9,7 @@ from test_circuit import random_prompts
 from utils import circuit as c
 from utils import selection as s
 from utils.ablation import losses, pattern_preserving
-from utils.edits import (
-    STREAM_SITES,
-    heads_from,
-    hook_name,
-    record,
-    sweep,
-)
+from utils.edits import STREAM_SITES, heads_from, hook_name, record, sweep
 from utils.engine import direct, memory, packs
 from utils.engine.packs import in_packs, rows_that_fit
 from utils.engine.replay import Replay
@@ -68,7 +62,8 @@ def every_sweep(model):
     clean, corrupted, prompts = case(model)
     pair, metric = (clean, corrupted), LogitDiff(prompts.answers)
     top = model.cfg.n_layers - 1
-    found = {site: patch_heads(model, *pair, metric, site) for site in HEAD_SITES}
+    some = [(0, 1), (1, 0), (0, 0), (top, 1)]
+    found = {site: patch_heads(model, *pair, metric, site, some) for site in HEAD_SITES}
     for site in STREAM_SITES:
         if hook_name(0, site) in model.hook_dict:
             found[site] = patch_stream(model, *pair, metric, site, [2, 6])
@@ -82,7 +77,7 @@ def every_sweep(model):
     for site in "qkv":
         for at in (None, prompts.positions["S2"]):
             receivers = [(top, 0), (1, 1)]
-            found[site, at] = path_patch(model, *pair, metric, None, receivers, site, at)
+            found[site, at] = path_patch(model, *pair, metric, some, receivers, site, at)
     circuit = {"s_inhibition": [(0, 1), (0, 2)], "name_mover": [(1, 2), (top, 0)]}
     means = c.means_run(prompts, c.abc_means(model, prompts))
     found["circuit"] = c.run_circuit(model, prompts, means, c.nodes(circuit))
@@ -99,17 +94,6 @@ def every_sweep(model):
     return found | {"worst set": s.worst_set(*on, set(nodes), n_steps=2)}
 
 
-def some_sweeps(model):
-    """A few of them, for a model of thirty layers."""
-    clean, corrupted, _ = case(model)
-    senders, receivers = [(0, 1), (20, 1)], [(25, 0), (29, 1)]
-    return {
-        "v": patch_heads(model, clean, corrupted, one_logit, "v", senders),
-        "k": path_patch(model, clean, corrupted, one_logit, senders, receivers, "k"),
-        "losses": losses(model, corrupted, {"zero": heads_from(model, receivers, 0.0)}),
-    }
-
-
 def assert_same(got, want):
     assert [str(key) for key in got] == [str(key) for key in want]
     for one, other in zip(got.values(), want.values(), strict=True):
@@ -119,14 +103,13 @@ def assert_same(got, want):
         torch.testing.assert_close(one, other, equal_nan=True, **EXACT)
 
 
-def test_a_refused_model_runs_every_sweep(every_model, monkeypatch):
-    sweeps = every_sweep if every_model.cfg.n_layers < 30 else some_sweeps
-    replayed = sweeps(every_model)
+def test_a_refused_model_runs_every_sweep(small_model, monkeypatch):
+    replayed = every_sweep(small_model)
     monkeypatch.setattr("utils.engine.packs.can_replay", lambda *_: False)
     monkeypatch.setattr("utils.paths.can_replay", lambda *_: False)
     monkeypatch.setattr(packs, "Replay", None)  # nothing is replayed
     monkeypatch.setattr("utils.paths.along_direct_paths", None)
-    assert_same(sweeps(every_model), replayed)
+    assert_same(every_sweep(small_model), replayed)
 
 
 def test_a_model_whose_blocks_drift_is_refused_and_runs_every_sweep(neox, new_neox):
@@ -180,13 +163,15 @@ def test_running_out_of_memory_in_the_check_is_no_refusal(new_neox, monkeypatch,
 # Packs
 
 
-def test_neither_packs_nor_parts_of_the_prompts_change_a_result(small_model, monkeypatch):
+@pytest.mark.parametrize("name", ["random_gpt2", "llama"])  # learned positions, and rotary
+def test_neither_packs_nor_parts_of_the_prompts_change_a_result(request, name, monkeypatch):
     """Four prompts one by one, in parts of three and one, and in packs of three copies."""
-    at_once = every_sweep(small_model)
+    model = request.getfixturevalue(name)
+    at_once = every_sweep(model)
     for rows in (1, 3, 12):
         monkeypatch.setattr(packs, "rows_that_fit", lambda *_, rows=rows: rows)
         monkeypatch.setattr(direct, "rows_that_fit", lambda *_, rows=rows: rows)
-        assert_same(every_sweep(small_model), at_once)
+        assert_same(every_sweep(model), at_once)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -238,8 +223,8 @@ def test_known_metrics_need_no_unembedding(small_model, draw, read):
         handle.remove()
 
 
-def test_given_attention_is_not_computed_and_is_restored(every_model, draw):
-    model, tokens = every_model, draw(every_model)
+def test_given_attention_is_not_computed_and_is_restored(small_model, draw):
+    model, tokens = small_model, draw(small_model)
     layer = model.cfg.n_layers // 2
     whole, cache = model.run_with_cache(tokens)
     given = cache[hook_name(layer, "out")] * 0

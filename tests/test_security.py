@@ -17,10 +17,11 @@ from test_models import Bomb
 from tools.pages import to_html
 from utils import plotting
 from utils.diagram import circuit_diagram
-from utils.ledger.results import HOLDS, ROOT
+from utils.ledger.results import HOLDS
 from utils.ledger.table import LedgerTable, Rule
 from utils.models import load_hf
 from utils.models.download import WANTED
+from utils.session import ROOT
 
 # --- nothing downloaded is executed or unpickled (index files that name pickles: test_models)
 

@@ -32,10 +32,11 @@ def setting(model, prompts, others):
     return means, whole - c.run_circuit(model, prompts, means, set())
 
 
-def test_attributions_add_up_to_what_all_heads_do(random_gpt2):
+def test_attributions_add_up_to_what_all_heads_do(random_gpt2, monkeypatch):
+    monkeypatch.setattr("utils.selection.DIALS", 20)
     prompts = ioi_prompts(random_gpt2, 20, seed=1)  # more than a batch
     means, done = setting(random_gpt2, prompts, ioi_prompts(random_gpt2, 40, seed=2))
-    found = node_attribution(random_gpt2, prompts, means, n_steps=20)
+    found = node_attribution(random_gpt2, prompts, means)
     assert found.shape == (20, 3, prompts.tokens.shape[1], 4)
     total = found.flatten(1).sum(1)
     torch.testing.assert_close(total, done, atol=0.02 * done.abs().max().item(), rtol=0)
@@ -47,7 +48,7 @@ def test_one_mean_may_stand_for_all_prompts(random_gpt2):
     prompts = ioi_prompts(random_gpt2, 18, seed=1)  # more than a batch
     alike = mean_run(random_gpt2, prompts.tokens)
     spread = {name: z.expand(18, *z.shape[1:]) for name, z in alike.activations.items()}
-    got, want = (node_attribution(random_gpt2, prompts, m, 1) for m in (alike, Run(spread)))
+    got, want = (node_attribution(random_gpt2, prompts, m) for m in (alike, Run(spread)))
     torch.testing.assert_close(got, want)
 
 
@@ -122,12 +123,6 @@ def test_the_worst_set_begins_with_the_head_that_has_a_backup():
     f = [c.logit_diffs(model, prompts, [c.knock_out(model, prompts, means, {steps[0].node})])[0]]
     f.insert(0, c.run_circuit(model, prompts, means, kept - {steps[0].node}))
     assert steps[0].figure == pytest.approx((f[0].mean() - f[1].mean()).abs().item(), abs=1e-4)
-
-
-def test_no_steps_are_refused(random_gpt2, no_forward):
-    prompts = ioi_prompts(random_gpt2, 4)
-    with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
-        node_attribution(random_gpt2, prompts, Run({}), n_steps=0)
 
 
 def test_the_distance_is_a_share_of_what_the_model_does():

@@ -13,7 +13,6 @@ from test_circuit import random_prompts
 from utils import circuit as c
 from utils.edits import Run, heads_from, record, sweep
 from utils.engine.readout import check_metric
-from utils.ledger.claims import Claim, Ledger
 from utils.metrics import LogitDiff, TokenLoss, logit_diff
 from utils.models import load_hf, load_model, model_label
 from utils.patching import patch_heads
@@ -80,7 +79,7 @@ def test_compatibility_without_folding_is_refused(options):
         (LogitDiff(PROMPTS.answers[:1]), [3], "answers are for 1 prompts, this run has 6"),
         (TokenLoss(PROMPTS.tokens[:1, :2]), [3, 4], "targets are for 1 prompts, this run has 6"),
         (TokenLoss(PROMPTS.tokens[:, :1]), [3, 4], "for 1 positions of a prompt, this run reads 2"),
-        (TokenLoss(PROMPTS.tokens[:, :2] + 99), [3, 4], "targets must be token ids, below 13"),
+        (TokenLoss(PROMPTS.tokens[:, :2] + 99), [3, 4], r"targets must lie in 0\.\.12"),
         (TokenLoss(PROMPTS.tokens[:, :2]), None, "for 2 positions of a prompt, this run reads 1"),
     ],
 )
@@ -196,9 +195,7 @@ def test_templates_are_one_for_each_prompt_and_not_negative(template):
         c.means_run(PROMPTS._replace(template=template), torch.zeros(1, 3, 7, 4, 16))
 
 
-def test_shares_of_nothing_and_negative_sizes_are_refused():
-    with pytest.raises(ValueError, match="n_errors is a size"):
-        c.select_heads(torch.rand(4, 2, 2), 0.1, 1, n_errors=-3.0)
+def test_shares_of_nothing_are_refused():
     with pytest.raises(ValueError, match=r"mean F\(M\) is 0"):
         c.gap_by_prompt({"none": (torch.ones(2), torch.tensor([1.0, -1.0]))})
     steps, values = torch.arange(0, 101, 10), (torch.arange(11) > 8).float()
@@ -223,13 +220,6 @@ def test_figures_do_not_depend_on_the_number_of_threads(random_gpt2, n_threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_yes_is_no_figure(tmp_path, monkeypatch):
-    monkeypatch.setenv("MECH_INTERP_RESULTS", str(tmp_path))
-    claim = Claim("s", "s", "Measured: m. Holds when it is.", holds=lambda figure: figure > 0.5)
-    with pytest.raises(TypeError, match="measured must be a number or an Estimate, got True"):
-        Ledger("project", {"a": claim}, "m", "w").record("a", True)
 
 
 def test_a_configuration_with_fewer_layers_than_the_weights_is_refused(

@@ -19,7 +19,8 @@ from browsers import chromium, needs_chromium
 from filelock import FileLock
 
 from tools.site import PAGES, REPOSITORY, STATUS, below_title, mended, notebook_page
-from utils.ledger.results import ROOT, counts, read_json
+from utils.ledger.results import counts, read_json
+from utils.session import ROOT
 
 pytest.importorskip("sphinx", reason="the site needs sphinx, which `make test` installs")
 NOTEBOOKS = [place for place in PAGES if place.endswith(".ipynb")]

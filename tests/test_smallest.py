@@ -55,16 +55,8 @@ def test_one_prompt_of_two_tokens_through_one_head(model):
     assert weights.eigenvalue_copying_score(model).shape == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m: ablation.random_control(m, [(0, 0)], 1), "layer 0 has 0 other heads"),
-        (lambda m: weights.composition_scores(m, "K", [(0, 0)], [(0, 0)]), "a later layer"),
-        (lambda m: circuit.select_heads(torch.ones(1, 1, 1), 0.1, 1), "2 or more prompts"),
-        (lambda m: heads.score_heads(m, TOKENS[:, :1], heads.previous_token_score), "dest src"),
-        (lambda m: ablation.mean_run(m, TOKENS[:, :1], per_position=False), "2 or more"),
-    ],
-)
-def test_too_little_is_refused(model, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(model)
+def test_too_little_is_refused(model):
+    with pytest.raises(ValueError, match="layer 0 has 0 other heads"):
+        ablation.random_control(model, [(0, 0)], 1)
+    with pytest.raises(ValueError, match="dest src"):
+        heads.score_heads(model, TOKENS[:, :1], heads.previous_token_score)

@@ -279,9 +279,6 @@ STEPS, LOSS = torch.tensor([0, 10, 20]), torch.tensor([3.0, 2.0, 1.0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: toy.build_toy(0), "n_layers must be at least 1"),
-        (lambda: toy.toy_batch(torch.Generator(), 0), "n_sequences must be at least 1"),
-        (lambda: toy.train_toy(1, n_steps=0), "n_steps must be at least 1"),
         (lambda: sharpest_drop(STEPS, LOSS[:2], 1), "loss must be Float.* snapshot=3"),
         (lambda: sharpest_drop(STEPS, LOSS, 3), "window must be between 1 and 2"),
         (lambda: sharpest_drop(STEPS, LOSS, 0), "window must be between 1 and 2"),

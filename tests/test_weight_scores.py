@@ -31,7 +31,7 @@ def folded_toy():
     return model
 
 
-@pytest.fixture(params=["smollm2", "random_gpt2", "toy2"])
+@pytest.fixture(params=["random_smollm2", "random_gpt2", "toy2"])
 def model(request):
     return request.getfixturevalue(request.param)
 
@@ -122,18 +122,18 @@ def test_planted_heads_score_one_chance_and_minus_one_on_the_papers_scale(start)
 
 def test_eigenvalue_score_equals_the_full_matrix(model):
     heads = [(0, 0), (1, 3), (model.cfg.n_layers - 1, 1)]
-    scores, every = eigenvalue_copying_score(model, heads), eigenvalue_copying_score(model)
+    every = eigenvalue_copying_score(model)
     assert every.shape == (model.cfg.n_layers, model.cfg.n_heads)
-    for score, (layer, head) in zip(scores.tolist(), heads, strict=True):
+    for layer, head in heads:
         ov, w_e, w_u = (w.double() for w in (ov_matrix(model, layer, head), model.W_E, model.W_U))
         token_by_token = model.cfg.d_vocab < 1000  # as defined
         full = w_e @ ov @ w_u if token_by_token else ov @ (w_u @ w_e)
         eigenvalues = torch.linalg.eigvals(full)
         want = (eigenvalues.sum() / eigenvalues.abs().sum()).real.item()
-        assert (score, every[layer, head].item()) == pytest.approx((want, want), abs=1e-3)
+        assert every[layer, head].item() == pytest.approx(want, abs=1e-3)
 
 
-@pytest.mark.parametrize("model", ["smollm2", "toy2"], indirect=True)
+@pytest.mark.parametrize("model", ["random_smollm2", "toy2"], indirect=True)
 def test_own_logit_largest_equals_a_loop(model):
     heads = top_heads(eigenvalue_copying_score(model), k=3)
     largest = own_logit_largest(model, heads, n_tokens=20, seed=3)
@@ -235,13 +235,13 @@ def test_composition_equals_the_full_matrices(model, kind):
             assert scores[i, j].item() == pytest.approx(want.item(), rel=1e-3)
 
 
-def test_gaussian_heads_compose_by_one_over_the_root_of_the_width(smollm2):
+def test_gaussian_heads_compose_by_one_over_the_root_of_the_width(random_gpt2):
     """For Gaussian matrices E||WM||^2 = ||W||^2 ||M||^2 / d_model."""
-    baseline = composition_baseline(smollm2, n=20, seed=1)
-    assert baseline.shape == (20,)
-    assert baseline.mean().item() == pytest.approx(576**-0.5, rel=0.02)
-    assert 0 < baseline.std().item() < 0.002
-    assert torch.equal(baseline, composition_baseline(smollm2, n=20, seed=1))
+    baseline = composition_baseline(random_gpt2, n=200)
+    assert baseline.shape == (200,)
+    assert baseline.mean().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert 0 < baseline.std().item() < 0.02
+    assert torch.equal(baseline, composition_baseline(random_gpt2, n=200))
 
 
 ONE = torch.ones(2, 3).long()
@@ -254,25 +254,8 @@ ONE = torch.ones(2, 3).long()
         (lambda m: copying_score(m, torch.tensor([[1, 3]])), "must be at least 3, got 2"),
         (lambda m: copying_of_output(m, repeated_tokens(m, 2, 5)), "must not repeat"),
         (lambda m: copying_of_output(m, torch.tensor([[1]])), "must be at least 2, got 1"),
-        (lambda m: copying_score(m, ONE.float()), "tokens must be Int"),
-        (lambda m: eigenvalue_copying_score(m, []), "heads is empty"),
-        (lambda m: eigenvalue_copying_score(m, [(0, 9)]), "no head L0H9"),
-        (lambda m: own_logit_largest(m, [(0, 0)], n_tokens=0), "n_tokens must be at least 1"),
-        (lambda m: name_copying_score(m, ONE, [(0, 0)]), "names must be Int.*'name'"),
-        (lambda m: name_copying_score(m, ONE[0].float(), [(0, 0)]), "names must be Int"),
-        (lambda m: name_copying_score(m, ONE[0], [(0, 0)], sign=2), "sign must be .* got 2"),
-        (lambda m: name_copying_score(m, ONE[0], []), "heads is empty"),
-        (lambda m: name_copying_score(m, ONE[0, :0], [(0, 0)]), "names is empty"),
-        (lambda m: name_copying_score(m, -ONE[0], [(0, 0)]), "names must lie in"),
-        (lambda m: name_copying_in_place(m, ONE, ONE), "positions must be Int.*'prompt'"),
         (lambda m: name_copying_in_place(m, ONE, ONE[0]), "positions must be Int.* prompt=2"),
-        (lambda m: name_copying_in_place(m, ONE, 3 * ONE[:, 0]), r"positions must lie in 0\.\.2"),
-        (lambda m: name_copying_in_place(m, ONE, ONE[:, 0], sign=0), "sign must be .* got 0"),
-        (lambda m: composition_scores(m, "k", [(0, 0)], [(1, 0)]), "kind must be .* got 'k'"),
         (lambda m: composition_scores(m, "K", [(1, 0)], [(1, 1)]), "in a later layer"),
-        (lambda m: composition_scores(m, "K", [], [(1, 1)]), "writers is empty"),
-        (lambda m: composition_scores(m, "K", [(0, 0)], [(7, 1)]), "no head L7H1"),
-        (lambda m: composition_baseline(m, n=0), "n must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_named(random_gpt2, call, message):

@@ -13,7 +13,7 @@ from tools.notebook_run import WIDGET, execute
 from utils import ioi
 from utils.ablation import mean_run
 from utils.attribution import head_projections
-from utils.circuit import knock_out
+from utils.circuit import Node, knock_out
 from utils.edits import Run, heads_from, hooks, record
 from utils.heads import Head, all_heads, attention_patterns
 from utils.metrics import Estimate, logit_diff, per_token_loss
@@ -124,7 +124,7 @@ def test_means_by_place_are_those_of_the_places():
     assert means["IO"].activations["z"].tolist() == [[[[2.5]]]]  # of 0 and 5
 
 
-@pytest.mark.parametrize("name", ["random_gpt2", "smollm2"])
+@pytest.mark.parametrize("name", ["random_gpt2", "random_smollm2"])
 def test_the_end_is_that_of_a_plain_run(request, name):
     """On one prompt of ours, whose template has the same means at every position."""
     model = request.getfixturevalue(name)
@@ -226,7 +226,7 @@ def test_the_slider_moves_maps_and_marks_together(film):
 
 
 def test_the_threshold_moves_the_circuit():
-    contributions = {(Head(i, i % 3), "END"): 1 / (1 + i) for i in range(6)}
+    contributions = {Node(Head(i, i % 3), "END"): 1 / (1 + i) for i in range(6)}
     kept = {n: {"all": Estimate(n / 6, 0.01, 9)} for n in (2, 4, 6)}
     named = set(list(contributions)[:3])
     figure = sliders.circuits_by_threshold(contributions, kept, named)

@@ -21,11 +21,7 @@ Metric = Callable[[Tensor], Tensor]  # logits -> one value per prompt
 
 
 def transformer_lens_loop(
-    model: TransformerBridge,
-    clean: Tensor,
-    corrupted: Tensor,
-    metric: Metric,
-    site: str,
+    model: TransformerBridge, clean: Tensor, corrupted: Tensor, metric: Metric, site: str
 ) -> Sweep:
     """`transformer_lens.patching`: "resid_pre" by position, or "z", "q", "k", "v" by head."""
     name = "resid_pre" if site == "resid_pre" else f"attn_head_{site.replace('z', 'out')}_all_pos"

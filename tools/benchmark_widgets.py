@@ -30,7 +30,7 @@ def clicks_to_figures(model: TransformerBridge) -> dict[str, float]:
     abc = ioi.ioi_prompts(model, n_prompts=4)
     usual = record(model, abc.corrupted["abc"], ["z"]).activations
     at = own_text.means_by_place(usual, abc.positions)
-    nodes: dict[Node, float] = {(head, "END"): 1 / (1 + i) for i, head in enumerate(heads)}
+    nodes: dict[Node, float] = {Node(head, "END"): 1 / (1 + i) for i, head in enumerate(heads)}
     kept = {n: {"all": Estimate(0.5, 0.1, 64)} for n in range(1, 1 + len(nodes))}
     return {
         "training": _drag(sliders.toy_training(train_toy(2, n_steps=20), at=0)),

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.diagram import FAMILIES
-from utils.ledger.results import ROOT, write_file
+from utils.ledger.results import write_file
+from utils.session import ROOT
 
 WIDTH, ROW, LINE = 640, 56, 26  # pixels: the drawing, a step, a line of the key
 LIGHT = dict(page="#ffffff", ink="#1f2328", faint="#656d76", box="#f0f2f5")

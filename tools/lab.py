@@ -15,7 +15,8 @@ import nbformat
 from nbformat import NotebookNode
 
 from tools.notebooks import find_notebooks
-from utils.ledger.results import ROOT, write_file
+from utils.ledger.results import write_file
+from utils.session import ROOT
 
 MY = ROOT / "my"
 # Its overrides.json: no question about news at the first start, no search for newer versions, and

@@ -15,10 +15,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from tools.pictures import with_palette
 from utils.heads import attention_patterns, prefix_matching_score, score_heads
-from utils.ledger.results import ROOT, write_file
+from utils.ledger.results import write_file
 from utils.look import COLOURS
 from utils.metrics import half_losses, per_token_loss
 from utils.prompts import repeated_tokens
+from utils.session import ROOT
 from utils.toy import HELD_OUT, HELD_OUT_SEED, LONGEST, build_toy, toy_batch
 
 STEPS, EVERY = 240, 4  # the loss falls around step 140

@@ -24,8 +24,9 @@ from tools.notebook_exercises import mark_checks
 from tools.pictures import FINE, darkened, lighten_numbers, png, with_palette
 from tools.results import PAPERS, markdown_table, summary
 from tools.words import alt_text
-from utils.ledger.results import ROOT, merge_seeds, read_json, write_file, write_json
+from utils.ledger.results import merge_seeds, read_json, write_file, write_json
 from utils.look import PNG_WIDTH
+from utils.session import ROOT
 
 OTHER_SEEDS = (1, 2, 3, 4)  # the notebook itself trains with seed 0
 SEEDS_FILE = "toy_seeds.json"

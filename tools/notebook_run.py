@@ -12,7 +12,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from utils.ledger.results import ROOT, write_file
+from utils.ledger.results import write_file
+from utils.session import ROOT
 
 BUILD = ROOT / "build"
 # Interactive both in Jupyter (first form) and in the page that nbconvert makes (second form).

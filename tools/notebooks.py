@@ -15,7 +15,7 @@ from pathlib import Path
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from tools import notebook_run
-from utils.ledger.results import ROOT
+from utils.session import ROOT
 
 
 def find_notebooks(names: list[str] | None = None) -> list[Path]:

@@ -21,8 +21,9 @@ from nbformat import NotebookNode
 from tools.notebook_outputs import PLOTLY, SEEDS_FILE
 from tools.notebooks import find_notebooks
 from tools.results import heads_table
-from utils.ledger.results import ROOT, read_json, write_file
+from utils.ledger.results import read_json, write_file
 from utils.ledger.table import LedgerTable, Rule
+from utils.session import ROOT
 
 DOCS = ROOT / "docs"
 REPOSITORY = re.search(r'Repository = "(.+)"', (ROOT / "pyproject.toml").read_text("utf-8"))[1]

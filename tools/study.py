@@ -22,9 +22,10 @@ from utils import circuit, ioi, paths, selection
 from utils.circuit import Circuit, Node
 from utils.edits import Run
 from utils.heads import Head
-from utils.ledger.results import ROOT, plain, read_json, write_json
+from utils.ledger.results import plain, read_json, write_json
 from utils.metrics import Estimate, LogitDiff, estimate
 from utils.models import load_model, model_label, weights_digest
+from utils.session import ROOT
 
 PROJECT = ROOT / "project-2-Indirect-Object-Identification"
 SETS = {
@@ -65,7 +66,7 @@ def search(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     # by the number of nodes, as the search saw it
     far = {"forward": forward, "backward": reversed(backward)}
     return {
-        "orders": {name: list(map(circuit.node_label, order)) for name, order in orders.items()},
+        "orders": {name: list(map(str, order)) for name, order in orders.items()},
         "distance_when_chosen": {
             name: [plain(step.figure) for step in steps] for name, steps in far.items()
         },
@@ -80,10 +81,10 @@ def judge(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     sizes = [*(size for size in SIZES if size < len(by_roles)), len(by_roles)]
     curves = {"roles": curve(model, prompts, means, by_roles, sizes)}
     for name, labels in results["orders"].items():
-        order = list(map(circuit.node_from_label, labels))
+        order = list(map(Node.from_label, labels))
         curves[name] = curve(model, prompts, means, order, SIZES)
         say(name)
-    return {"curves": curves, "roles": list(map(circuit.node_label, by_roles))}
+    return {"curves": curves, "roles": list(map(str, by_roles))}
 
 
 def worst(model: TransformerBridge, found: Circuit, results: dict) -> dict:
@@ -91,7 +92,7 @@ def worst(model: TransformerBridge, found: Circuit, results: dict) -> dict:
     prompts, others = sets(model, "chosen_on", "means")
     means = circuit.means_run(prompts, circuit.abc_means(model, others))
     steps = selection.worst_set(model, prompts, means, circuit.nodes(found), N_WORST)
-    return {"worst_set": [[circuit.node_label(step.node), plain(step.figure)] for step in steps]}
+    return {"worst_set": [[str(step.node), plain(step.figure)] for step in steps]}
 
 
 def back(model: TransformerBridge, found: Circuit, results: dict) -> dict:
@@ -139,7 +140,7 @@ def chosen(
     heads = [
         head
         for sign in (1, -1)
-        for head in circuit.select_in_groups(effects, prompts.is_abba, 0.01, sign)
+        for head in circuit.select_heads(effects, 0.01, sign, prompts.is_abba)
     ]
     return {
         str(head): {
@@ -167,7 +168,7 @@ def in_turn(found: Circuit) -> list[Node]:
     """The nodes of a circuit: the first head of every role, then the second of each, and so on."""
     ranks = range(max(map(len, found.values())))
     turns = [(role, heads[i]) for i in ranks for role, heads in found.items() if i < len(heads)]
-    return list(dict.fromkeys((head, circuit.ROLE_POSITIONS[role]) for role, head in turns))
+    return list(dict.fromkeys(Node(head, circuit.ROLE_POSITIONS[role]) for role, head in turns))
 
 
 def curve(

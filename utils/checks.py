@@ -3,6 +3,7 @@
 Types, shapes and finite numbers are checked by `utils.typed`; here is what they cannot say.
 """
 
+import math
 from collections.abc import Iterable
 from operator import index
 from weakref import WeakKeyDictionary
@@ -12,12 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.engine.readout import Hooks
-from utils.typed import BadArgument, checked, kind_of
+from utils.typed import BadArgument, Hooks, checked, kind_of
 
-# the weights, by identity and number of changes, that were found finite: looked at once, as a sweep
-# checks its model for every head
-_finite: WeakKeyDictionary[TransformerBridge, list] = WeakKeyDictionary()
+# what weights, by identity and number of changes, were found finite, and whether norms are folded
+# into them: looked at once, as a sweep checks its model for every head
+_known: WeakKeyDictionary[TransformerBridge, tuple[list, bool]] = WeakKeyDictionary()
 
 
 @checked
@@ -43,29 +43,28 @@ def check_model(model: TransformerBridge, folded: bool = True) -> None:
     if coarse := kinds - {torch.float32, torch.float64}:
         kind = next(iter(coarse))
         raise ValueError(f"model is in {kind}, too coarse for single heads: call model.float()")
-    _check_finite(model, weights)
+    is_folded = _finite_and_folded(model, weights)
     if torch.is_autocast_enabled(torch.device(model.cfg.device).type):
         raise ValueError("model runs under torch.autocast, too coarse for single heads: leave it")
-    if folded and not (model.compatibility_mode and all(map(_is_folded, model.blocks))):
+    if folded and not (model.compatibility_mode and is_folded):
         raise ValueError("model must be in compatibility mode: call enable_compatibility_mode()")
 
 
-def _check_finite(model: TransformerBridge, weights: list[Tensor]) -> None:
-    """Raise ValueError for weights that are nan or infinite."""
+def _finite_and_folded(model: TransformerBridge, weights: list[Tensor]) -> bool:
+    """Whether the norms before attention only normalise (`fold_ln=False` leaves their weights).
+
+    Raises ValueError for weights that are nan or infinite.
+    """
     # tensors made in inference mode do not count their changes
     state = [(id(p), p.is_inference() or p._version) for p in weights]
-    if _finite.get(model) == state:
-        return
-    if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
-        raise ValueError(f"model: {what}")
-    _finite[model] = state
-
-
-def _is_folded(block: torch.nn.Module) -> bool:
-    """Whether the norm before attention only normalises (`fold_ln=False` leaves its weights)."""
-    norm = dict(block.ln1.named_parameters()) if hasattr(block, "ln1") else {}
-    return all((weight == weight.flatten()[0]).all() for weight in norm.values())
+    if model not in _known or _known[model][0] != state:
+        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            what = f"{len(broken)} of its weights are nan or infinite, such as {broken[0]}"
+            raise ValueError(f"model: {what}")
+        norms = [block.ln1 for block in model.blocks if hasattr(block, "ln1")]
+        scales = [weight for norm in norms for weight in norm.parameters()]
+        _known[model] = state, all((w == w.flatten()[0]).all() for w in scales)
+    return _known[model][1]
 
 
 @checked
@@ -96,7 +95,7 @@ def check_tokens(
             raise ValueError(f"{name}: {which}, give prompts of one length")
 
 
-def check_range(name: str, values: Int[Tensor, "*axes"], size: int) -> None:
+def check_range(name: str, values: Int[Tensor, "*axes"], size: float = math.inf) -> None:
     """Raise ValueError unless there are values, all of them whole numbers in 0..size - 1."""
     if not isinstance(values, Int[Tensor, "..."]):
         raise BadArgument(f"{name} must be a tensor of whole numbers; got {kind_of(values)}")
@@ -104,7 +103,8 @@ def check_range(name: str, values: Int[Tensor, "*axes"], size: int) -> None:
         raise ValueError(f"{name} is empty: shape {list(values.shape)}")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie in 0..{size - 1}, got {low}..{high}")
+        lie = "not be negative" if size == math.inf else f"lie in 0..{size - 1}"
+        raise ValueError(f"{name} must {lie}, got {low}..{high}")
 
 
 def indices(name: str, values: Iterable[int], size: int) -> list[int]:

@@ -10,14 +10,14 @@ nodes K.
 import math
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.checks import check_count, check_model, check_range, check_tokens, generator_of
+from utils.checks import check_count, check_range, check_tokens, generator_of
 from utils.edits import Edit, Run, hook_name, nodes_from, record, sweep
 from utils.engine.packs import check_edits
 from utils.heads import Head, all_heads, as_heads, check_heads
@@ -26,15 +26,47 @@ from utils.metrics import Estimate, LogitDiff, estimate, token_batches
 from utils.typed import checked, kind_of
 
 Circuit = Mapping[str, Sequence[tuple[int, int]]]
-Node = tuple[Head, str]
 Prompts = IOIPrompts | NamePrompts
+PLACES = ("S1", "IO", "S1+1", "S2", "END")  # of a prompt, from left to right, by and large
 
-# Where each role does its work: Wang et al. 2022, figure 2. The last four are not the paper's:
+# Where each role does its work: Wang et al. 2022, figure 2. The last five are not the paper's:
 # heads that act on the logits, but look at S (and lower it, or copy it) or at END itself.
-ROLE_POSITIONS = {"previous_token": "S1+1", "duplicate_token": "S2", "induction": "S2"}
-ROLE_POSITIONS |= dict.fromkeys(("s_inhibition", "name_mover", "negative_name_mover"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("backup_name_mover", "giver_suppressor", "s_reader"), "END")
-ROLE_POSITIONS |= dict.fromkeys(("subject_mover", "amplifier", "damper"), "END")
+ROLE_POSITIONS = {
+    "previous_token": "S1+1",
+    "duplicate_token": "S2",
+    "induction": "S2",
+    "s_inhibition": "END",
+    "name_mover": "END",
+    "negative_name_mover": "END",
+    "backup_name_mover": "END",
+    "giver_suppressor": "END",
+    "s_reader": "END",
+    "subject_mover": "END",
+    "amplifier": "END",
+    "damper": "END",
+}
+
+
+class Node(NamedTuple):
+    """A head at a place of the prompt; prints as "L5H1 END"."""
+
+    head: Head
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.head} {self.place}"
+
+    @classmethod
+    def from_label(cls, label: str) -> "Node":
+        """The node that prints as this. ValueError for other text."""
+        head, _, place = str(label).partition(" ")
+        if place not in PLACES:
+            raise ValueError(f"label: got {label!r}, want one such as 'L5H1 END'")
+        return cls(Head.from_label(head), place)
+
+
+Nodes = Set[tuple[Head, str]]  # of `Node`, or of plain pairs
+node_label, node_from_label = str, Node.from_label  # as the notebook calls them
 
 
 class Faithfulness(NamedTuple):
@@ -46,54 +78,35 @@ class Faithfulness(NamedTuple):
 
 @checked
 def select_heads(
-    effects: Float[Tensor, "prompt layer head"], threshold: float, sign: int, n_errors: float = 3
+    effects: Float[Tensor, "prompt layer head"],
+    threshold: float,
+    sign: Literal[1, -1],
+    groups: Bool[Tensor, "prompt"] | None = None,
 ) -> list[Head]:
     """Heads whose mean effect has this sign and exceeds the threshold, largest first.
 
-    The mean must also be more than `n_errors` standard errors away from zero. Raises ValueError
-    for fewer than two prompts, a negative threshold, or a sign that is neither +1 nor -1.
+    The mean must also be more than 3 standard errors away from zero. With `groups`, such as one
+    order of the names and the other, a head need pass in one of the two alone, and the sign that
+    counts is that of the larger mean: what helps in one and hurts in the other cancels over all
+    prompts. Raises ValueError for fewer than two prompts (of a group), a negative threshold, or
+    another sign.
     """
-    if len(effects) < 2:
-        raise ValueError(f"effects must be of 2 or more prompts, got {len(effects)}")
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    for name, size in {"threshold": threshold, "n_errors": n_errors}.items():
-        if size < 0:
-            raise ValueError(f"{name} is a size and must not be negative, got {size}")
-    mean = sign * effects.mean(0)
-    stderr = effects.std(0) / math.sqrt(len(effects))
-    chosen = ((mean > threshold) & (mean > n_errors * stderr)).nonzero().tolist()
-    return [Head(*head) for head in sorted(chosen, key=lambda at: -mean[tuple(at)].item())]
-
-
-@checked
-def select_in_groups(
-    effects: Float[Tensor, "prompt layer head"],
-    groups: Bool[Tensor, "prompt"],
-    threshold: float,
-    sign: int,
-) -> list[Head]:
-    """Heads that `select_heads` chooses in either of two groups of prompts, largest first.
-
-    A head may help in one order of the names and hurt in the other: over all prompts that cancels.
-    The sign that counts is that of the group in which its mean effect is larger. Raises as
-    `select_heads`.
-    """
-    if sign not in (1, -1):
-        raise ValueError(f"sign must be +1 or -1, got {sign!r}")
-    largest: dict[Head, float] = {}
-    for group in (groups, ~groups):
-        for way in (1, -1):
-            for head in select_heads(effects[group], threshold, way):
-                mean = effects[group].mean(0)[head].item()
-                largest[head] = max(largest.get(head, 0.0), mean, key=abs)
-    chosen = [head for head in largest if largest[head] * sign > 0]
-    return sorted(chosen, key=lambda head: -abs(largest[head]))
+    if threshold < 0:
+        raise ValueError(f"threshold is a size and must not be negative, got {threshold}")
+    largest = effects.new_zeros(effects.shape[1:])  # [layer head], of the means that pass
+    for part in [effects] if groups is None else [effects[groups], effects[~groups]]:
+        if len(part) < 2:
+            raise ValueError(f"effects must be of 2 or more prompts, got {len(part)}")
+        mean, stderr = part.mean(0), part.std(0) / math.sqrt(len(part))
+        passes = (mean.abs() > threshold) & (mean.abs() > 3 * stderr)
+        largest = torch.where(passes & (mean.abs() > largest.abs()), mean, largest)
+    chosen = [Head(*at) for at in (sign * largest > 0).nonzero().tolist()]
+    return sorted(chosen, key=lambda head: -abs(largest[head].item()))
 
 
 @checked
 def nodes(circuit: Circuit) -> set[Node]:
-    """Every (head, position name) of a circuit. Raises ValueError for a role without a position."""
+    """Every node of a circuit. Raises ValueError for a role without a position."""
     for role in circuit:
         if role not in ROLE_POSITIONS:
             raise ValueError(f"circuit: role {role!r} has no position in {ROLE_POSITIONS}")
@@ -101,28 +114,11 @@ def nodes(circuit: Circuit) -> set[Node]:
         role: as_heads(heads, f"circuit[{role!r}]", distinct=True)
         for role, heads in circuit.items()
     }
-    return {(head, ROLE_POSITIONS[role]) for role, heads in pairs.items() for head in heads}
+    return {Node(head, ROLE_POSITIONS[role]) for role, heads in pairs.items() for head in heads}
 
 
 @checked
-def node_label(node: Node) -> str:
-    """A node as text, such as "L5H1 END"."""
-    return f"{node[0]} {node[1]}"
-
-
-@checked
-def node_from_label(label: str) -> Node:
-    """The node that `node_label` writes so. ValueError for other text."""
-    head, _, place = label.partition(" ")
-    if place not in ROLE_POSITIONS.values() and place not in ("IO", "S1"):
-        raise ValueError(f"label: got {label!r}, want one such as 'L5H1 END'")
-    return Head.from_label(head), place
-
-
-@checked
-def random_circuits(
-    model: TransformerBridge, circuit: Circuit, n_draws: int, seed: int = 0
-) -> list[Circuit]:
+def random_circuits(model: TransformerBridge, circuit: Circuit, n_draws: int) -> list[Circuit]:
     """Circuits of the same size, role by role, drawn from the heads that are not in the circuit.
 
     Raises ValueError for fewer than one draw, and when the model has too few other heads.
@@ -134,7 +130,7 @@ def random_circuits(
     others = [head for head in all_heads(model) if head not in taken]
     if len(others) < sum(sizes):
         raise ValueError(f"circuit has {sum(sizes)} heads, the model only {len(others)} others")
-    generator = generator_of(seed)
+    generator = generator_of(0)
 
     def draw() -> Circuit:
         order = torch.randperm(len(others), generator=generator)[: sum(sizes)]
@@ -147,13 +143,11 @@ def random_circuits(
 @checked
 def check_prompts(prompts: Prompts, model: TransformerBridge | None = None) -> None:
     """Raise ValueError for tokens, answers or positions that do not fit each other or the model."""
-    d_vocab = 2**62  # more than any model has
-    if model is not None:
-        check_model(model)
-        d_vocab = model.cfg.d_vocab
-    check_range("prompts.tokens", prompts.tokens, d_vocab)
-    if model is not None:
-        check_tokens(model, prompts.tokens, "prompts.tokens")
+    if model is None:
+        check_range("prompts.tokens", prompts.tokens)
+    else:
+        check_tokens(model, prompts.tokens, "prompts.tokens", folded=True)
+    d_vocab = math.inf if model is None else model.cfg.d_vocab
     n_prompts, n_positions = prompts.tokens.shape
     LogitDiff(prompts.answers).check(n_prompts, d_vocab)
     for place, at in prompts.positions.items():
@@ -195,7 +189,7 @@ def abc_means(
 
 @checked
 def node_mask(
-    model: TransformerBridge, prompts: Prompts, nodes: Set[Node]
+    model: TransformerBridge, prompts: Prompts, nodes: Nodes
 ) -> Bool[Tensor, "prompt layer pos head"]:
     """True at every node, at that position of each prompt; False at every other.
 
@@ -237,15 +231,13 @@ def means_run(
 
 
 @checked
-def knock_out(
-    model: TransformerBridge, prompts: Prompts, means: Run, removed: Set[Node]
-) -> list[Edit]:
+def knock_out(model: TransformerBridge, prompts: Prompts, means: Run, removed: Nodes) -> list[Edit]:
     """Edits that mean-ablate these nodes."""
     return nodes_from(node_mask(model, prompts, removed), means)
 
 
 @checked
-def outside(model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]) -> list[Edit]:
+def outside(model: TransformerBridge, prompts: Prompts, means: Run, kept: Nodes) -> list[Edit]:
     """Edits that mean-ablate all but these nodes: every other head, at every position."""
     return nodes_from(~node_mask(model, prompts, kept), means)
 
@@ -271,7 +263,7 @@ def logit_diffs(
 
 @checked
 def run_circuit(
-    model: TransformerBridge, prompts: Prompts, means: Run, kept: Set[Node]
+    model: TransformerBridge, prompts: Prompts, means: Run, kept: Nodes
 ) -> Float[Tensor, "prompt"]:
     """F(C): the logit difference with every node but `kept` mean-ablated."""
     # one intervention without edits: the base run itself
@@ -358,11 +350,10 @@ def minimality(
     for role, heads in circuit.items():
         group = frozenset(nodes({role: heads}))
         for head in heads:
-            role_of.setdefault((Head(*head), ROLE_POSITIONS[role]), group)
+            role_of.setdefault(Node(Head(*head), ROLE_POSITIONS[role]), group)
     none: frozenset[Node] = frozenset()
-    removed = {none: None}  # the sets whose F is needed, each once
-    for v, role in role_of.items():
-        removed |= dict.fromkeys((none | {v}, role - {v}, role))
+    needed = [(none | {v}, role - {v}, role) for v, role in role_of.items()]
+    removed = list(dict.fromkeys([none, *(one for three in needed for one in three)]))  # each once
     without = [knock_out(model, prompts, means, nodes_out) for nodes_out in removed]
     kept = outside(model, prompts, means, set(role_of))
     f = dict(zip(removed, logit_diffs(model, prompts, without, base=kept), strict=True))

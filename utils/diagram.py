@@ -46,9 +46,7 @@ FAMILIES = {
         ("name_mover", "backup_name_mover", "giver_suppressor", "s_reader", "amplifier"),
     ),
     "against": Family(
-        "#5a6472",
-        "writes against it",
-        ("negative_name_mover", "subject_mover", "damper"),
+        "#5a6472", "writes against it", ("negative_name_mover", "subject_mover", "damper")
     ),
 }
 

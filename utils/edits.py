@@ -46,9 +46,10 @@ STREAM_SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 class Run(NamedTuple):
     """Activations by hook name: of one run (with its tokens and the edits it ran under), or others.
 
-    Tokens and edits must explain the activations in full: `sweep` does not look at what they say
-    is unchanged: a run under the same `Edit` objects as a sweep's `base` agrees with it up to the
-    first token that differs. Means, mixtures and what was changed by hand have no tokens.
+    Only `record` sets tokens and edits, as they must explain the activations in full: a run under
+    the same `Edit` objects as a sweep's `base` is taken to agree with it up to the first token that
+    differs. Means, mixtures, what was changed by hand and what was recorded under other hooks than
+    those of edits have no tokens.
     An axis of prompts or positions of length one, as in a mean over them, stands for all. `model`
     (if known) refers to the model that ran, without keeping it alive, so that no other one is given
     its activations. Nor is a recorded run taken that was changed in place: `marks` tell.

@@ -6,7 +6,7 @@ gathered by its attention, before W_O writes them to the residual stream).
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import index
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.checks import check_model, check_tokens
@@ -110,25 +109,7 @@ def key_value_head(model: TransformerBridge, head: tuple[int, int]) -> Head:
     return Head(layer, query * n_site_heads(model, "k") // model.cfg.n_heads)
 
 
-@checked
-def cache_heads(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], sites: Sequence[str]
-) -> ActivationCache:
-    """Run once and keep only these sites of every layer: "q", "k", "v", "pattern" or "z".
-
-    To look at: weights need not be folded (`edits.record` keeps what edits take their values from).
-    Raises ValueError for another site, and as `check_tokens`.
-    """
-    check_tokens(model, tokens)
-    if isinstance(sites, str) or not sites or not {*sites} <= {*HEAD_SITES}:
-        raise ValueError(f"sites must be a list of some of {HEAD_SITES}, got {sites!r}")
-    names = [f"blocks.{layer}.attn.hook_{s}" for layer in range(model.cfg.n_layers) for s in sites]
-    check_cache(model, tokens, names)
-    with model.hooks(fwd_hooks=last_position_hooks()):  # the logits are not wanted
-        return model.run_with_cache(tokens, names_filter=names)[1]
-
-
-# `checked` refuses nan; these take it, as a score of a pattern with gaps is nan itself, not ranked
+# `checked` refuses nan; these take it: a pattern with gaps has a score of nan, which shows
 of_patterns = partial(checked, gaps_in=("pattern",))
 
 
@@ -202,12 +183,14 @@ def score_heads(
         check_tokens(model, tokens)
         _check_repeats(tokens, kwargs["seq_len"])
     wants_tokens = "tokens" in inspect.signature(score).parameters
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
     scores = []
     for batch in token_batches(model, tokens):
-        cache = cache_heads(model, batch, ["pattern"])
+        check_cache(model, batch, names)
+        with model.hooks(fwd_hooks=last_position_hooks()):  # the logits are not wanted
+            cache = model.run_with_cache(batch, names_filter=names)[1]
         extra = {**kwargs, "tokens": batch} if wants_tokens else kwargs
-        patterns = [cache["pattern", layer] for layer in range(model.cfg.n_layers)]
-        by_layer = [score(pattern, **extra) for pattern in patterns]
+        by_layer = [score(cache[name], **extra) for name in names]
         found = {tuple(getattr(one, "shape", ())[:2]) for one in by_layer}
         if found != {(len(batch), model.cfg.n_heads)}:
             raise ValueError(f"score must give [prompt head ...] values, got {found}")

@@ -12,10 +12,10 @@ from transformer_lens.utilities import lm_cross_entropy_loss
 
 from utils.checks import check_hooks, check_tokens
 from utils.engine.memory import check_cache
-from utils.engine.readout import Hooks, read_hook
 from utils.engine.readout import LogitDiff as LogitDiff  # defined where the engine can use them
 from utils.engine.readout import TokenLoss as TokenLoss
-from utils.typed import checked
+from utils.engine.readout import read_hook
+from utils.typed import Hooks, checked
 
 MAX_LOGITS = 2**26  # logits held at once: 256 MB in float32, and as much again for log-probs
 
@@ -109,8 +109,10 @@ def hold_final_scale(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
 
     An intervention also changes the length of the final residual stream, and so what every other
     component writes to the logits. With its scale held, only the intervention's own path counts.
-    TransformerLens's warning about it is turned off, for the whole process. Raises as
-    `check_tokens`, and MemoryError if the scales take over 80 % of the free memory.
+    They also serve a sweep, which runs several copies of the prompts at once and reads some of
+    their last positions alone. TransformerLens's warning about it is turned off, for the whole
+    process. Raises as `check_tokens`, and MemoryError if the scales take over 80 % of the free
+    memory.
     """
     check_tokens(model, tokens)
     name = "ln_final.hook_scale"
@@ -203,7 +205,8 @@ def logit_diff(
 
     Raises ValueError for answers outside the vocabulary, or of which right and wrong are one.
     """
-    return _answers_of(logits, answers)(logits)
+    _last_and_right(logits, answers)  # raises for answers that do not fit
+    return LogitDiff(answers)(logits)
 
 
 @checked
@@ -238,9 +241,8 @@ def answer_probability(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Float[Tensor, "prompt"]:
     """Probability of the right answer, among all tokens, at the last position."""
-    _answers_of(logits, answers)
-    right = answers[:, :1].to(logits.device)
-    return logits[:, -1].softmax(-1).gather(1, right)[:, 0]
+    last, right = _last_and_right(logits, answers)
+    return last.softmax(-1).gather(1, right)[:, 0]
 
 
 @checked
@@ -248,15 +250,13 @@ def answer_rank(
     logits: Float[Tensor, "prompt pos vocab"], answers: Int[Tensor, "prompt 2"]
 ) -> Int[Tensor, "prompt"]:
     """Rank of the right answer at the last position: 1 when no token has a higher logit."""
-    _answers_of(logits, answers)
-    last = logits[:, -1]
-    return 1 + (last > last.gather(1, answers[:, :1].to(logits.device))).sum(1)
+    last, right = _last_and_right(logits, answers)
+    return 1 + (last > last.gather(1, right)).sum(1)
 
 
-def _answers_of(logits: Tensor, answers: Tensor) -> LogitDiff:
-    """The answers as a metric; ValueError where they do not fit the logits."""
+def _last_and_right(logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the last position [prompt vocab] and right answers [prompt 1], if they fit."""
     if logits.shape[1] == 0:
         raise ValueError("logits is empty, want those of one position at least")
-    metric = LogitDiff(answers)
-    metric.check(len(logits), logits.shape[-1])
-    return metric
+    LogitDiff(answers).check(len(logits), logits.shape[-1])
+    return logits[:, -1], answers[:, :1].to(logits.device)

@@ -134,7 +134,8 @@ def _arriving(
 def _takes_recipe(model: TransformerBridge, from_original: Run, original: Tensor) -> bool:
     """Whether the recipe itself is to be run, and not the same without attention.
 
-    Hooks of the reader's on the model would see the stream twice: as recorded, and as run again.
+    Hooks of the reader's on the model would see the stream twice: as recorded, and as run again. A
+    run under them has no tokens (`edits.Run`).
     """
     under_hooks = from_original.tokens is None
     return under_hooks or not can_replay(model, original)

@@ -50,6 +50,8 @@ Series = Mapping[str, Numbers | tuple[Numbers, Numbers]]
 Mark = tuple[float, str] | None
 Names = Sequence[str | float]
 Map = Float[Tensor, "row col"]
+DICT = "a dict, name to values"
+LISTS = Sequence | np.ndarray | Tensor
 MANY_ROWS = 20
 
 
@@ -165,9 +167,9 @@ def panels(
     one that does not have a value for each x.
     """
     x = _array(x, "x", 1)
-    _check_named("by_label", by_label)
+    _check_kind("by_label", by_label, Mapping, DICT)
     for series in by_label.values():
-        _check_named("series", series)
+        _check_kind("series", series, Mapping, DICT)
     if not by_label or not all(by_label.values()):
         raise ValueError("series: got none, want at least one in each panel")
     drawn = {escaped(label): {escaped(n): y for n, y in s.items()} for label, s in by_label.items()}
@@ -282,7 +284,7 @@ def bars(
         values = {"": values if errors is None else (values, errors)}
     elif errors is not None:
         raise ValueError("errors: with a dict of series, give each series as (values, stderr)")
-    _check_list("names", names)
+    _check_kind("names", names, LISTS, "a list")
     fig, note, names = go.Figure(), "", [category(name, len(names)) for name in names]
     x_label, y_label = escaped(x_label), escaped(y_label)
     values = {escaped(name): series for name, series in values.items()}
@@ -367,7 +369,7 @@ def attention(
     from circuitsvis.attention import attention_heads
     from IPython.display import HTML, display
 
-    _check_list("tokens", tokens)
+    _check_kind("tokens", tokens, LISTS, "a list")
     p, n = _array(patterns, "patterns", 3), len(tokens)
     if p.shape[1:] != (n, n):
         raise ValueError(f"patterns: got {list(p.shape)}, want [head {n} {n}] for {n} tokens")
@@ -416,9 +418,9 @@ def _array(values: Numbers, name: str, *ndims: int) -> np.ndarray:
     return array
 
 
-def _check_named(name: str, values: object) -> None:
-    if not isinstance(values, Mapping):
-        raise BadArgument(f"{name} must be a dict, name to values; got {kind_of(values)}")
+def _check_kind(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise BadArgument(f"{name} must be {wanted}; got {kind_of(value)}")
 
 
 def _check_pair(name: str, pair: object, second: type) -> None:
@@ -429,15 +431,10 @@ def _check_pair(name: str, pair: object, second: type) -> None:
         raise BadArgument(f"{name} must be {wanted}; got {kind_of(pair)}")
 
 
-def _check_list(name: str, items: object) -> None:
-    if not isinstance(items, Sequence | np.ndarray | Tensor):
-        raise BadArgument(f"{name} must be a list; got {kind_of(items)}")
-
-
 def _check_length(name: str, items: Sequence | None, want: int, of: str) -> None:
     if items is None:
         return
-    _check_list(name, items)
+    _check_kind(name, items, LISTS, "a list")
     if len(items) != want:
         raise ValueError(f"{name}: got {len(items)} entries, want {want} (the number of {of})")
 

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from utils.checks import check_count, generator_of
+from utils.checks import generator_of
 from utils.metrics import Estimate
 from utils.typed import checked
+
+DRAWS = 1000
 
 
 class PowerLaw(NamedTuple):
@@ -40,24 +42,20 @@ def fit_power_law(
     factors: Mapping[str, Float[Tensor, "n"]],
     y: Float[Tensor, "n"],
     seeds: Int[Tensor, "n"],
-    n_draws: int = 1000,
-    seed: int = 0,
 ) -> PowerLaw:
-    """Least squares in log-log; errors from drawing whole seeds again, with replacement.
+    """Least squares in log-log; errors from `DRAWS` draws of whole seeds, with replacement.
 
     Runs of one seed share their data and weights, so a seed is what could have been another. Few
     seeds drawn from themselves vary too little: the spread is widened by sqrt(k / (k - 1)) for k of
-    them; with one it is nan. Raises ValueError for no factor, values that are not positive, fewer
-    draws than one, or factors that do not vary independently (in any single seed).
+    them; with one it is nan. Raises ValueError for no factor, values that are not positive, or
+    factors that do not vary independently (in any single seed).
     """
-    check_count("n_draws", n_draws)
-    generator = generator_of(seed)
     logs = _logs(factors, y)
     groups = [torch.nonzero(seeds == one)[:, 0] for one in seeds.unique()]
     for rows in groups:
         _solve("factors", logs[0][rows], logs[1][rows])
     scale, *exponents = _solve("factors", *logs).tolist()
-    drawn = torch.randint(len(groups), (n_draws, len(groups)), generator=generator)
+    drawn = torch.randint(len(groups), (DRAWS, len(groups)), generator=generator_of(0))
     picked = [torch.cat([groups[i] for i in draw]) for draw in drawn.tolist()]
     draws = torch.stack([_solve("factors", logs[0][rows], logs[1][rows]) for rows in picked])
     k = len(groups)

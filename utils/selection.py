@@ -9,7 +9,7 @@ A search asks for less and costs more: add the node that brings the circuit near
 remove the one that takes it least far away, and again (after Wang et al. 2022, appendix M).
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from utils.checks import check_count
 from utils.circuit import (
     Node,
+    Nodes,
     check_means,
     check_prompts,
     knock_out,
@@ -36,20 +37,20 @@ from utils.ioi import IOIPrompts
 from utils.metrics import last_position_hooks, logit_diff
 from utils.typed import checked
 
+DIALS = 5  # more bring the sum of attributions closer to F(M) - F(empty)
 BATCH = 16  # prompts at a time: the gradient keeps every activation
 
 
 @checked
 def node_attribution(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, n_steps: int = 5
+    model: TransformerBridge, prompts: IOIPrompts, means: Run
 ) -> Float[Tensor, "prompt layer pos head"]:
     """What every head at every position adds to the logit difference of each prompt.
 
-    `means` as for `circuit.run_circuit` (`circuit.means_run`). More steps bring the sum closer to
-    F(M) - F(empty). Raises ValueError for fewer than one step, and means that do not fit;
-    MemoryError if what the gradient keeps takes over 80 % of the free memory.
+    `means` as for `circuit.run_circuit` (`circuit.means_run`). The slope is taken at
+    `DIALS` places on the way. Raises ValueError for means that do not fit; MemoryError if what the
+    gradient keeps takes over 80 % of the free memory.
     """
-    check_count("n_steps", n_steps)
     check_means(model, prompts, means)
     check_gradient(model, prompts.tokens[:BATCH])
     parts = []
@@ -57,10 +58,8 @@ def node_attribution(
         rows = slice(first, first + BATCH)
         usual = {n: m[rows] if len(m) > 1 else m for n, m in means.activations.items()}
         tokens, answers = prompts.tokens[rows], prompts.answers[rows]
-        slopes = [
-            _slopes(model, tokens, answers, usual, (step + 0.5) / n_steps)
-            for step in range(n_steps)
-        ]
+        dials = [(step + 0.5) / DIALS for step in range(DIALS)]
+        slopes = [_slopes(model, tokens, answers, usual, dial) for dial in dials]
         parts.append(torch.stack(slopes).mean(0))
     return torch.cat(parts)
 
@@ -69,7 +68,7 @@ def node_attribution(
 def named_nodes(
     attribution: Float[Tensor, "prompt layer pos head"], prompts: IOIPrompts
 ) -> dict[Node, Float[Tensor, "prompt"]]:
-    """The attributions by node, (head, place), at the named places of each prompt alone.
+    """The attributions by node, at the named places of each prompt alone.
 
     Raises ValueError for attributions of other prompts.
     """
@@ -80,7 +79,7 @@ def named_nodes(
     prompt = torch.arange(len(attribution))
     n_layers, n_heads = attribution.shape[1], attribution.shape[3]
     return {
-        (Head(layer, head), place): attribution[prompt, layer, at.cpu(), head]
+        Node(Head(layer, head), place): attribution[prompt, layer, at.cpu(), head]
         for place, at in prompts.positions.items()
         for layer in range(n_layers)
         for head in range(n_heads)
@@ -93,8 +92,8 @@ def each_added(
     model: TransformerBridge,
     prompts: IOIPrompts,
     means: Run,
-    kept: Set[Node],
-    candidates: Sequence[Node],
+    kept: Nodes,
+    candidates: Sequence[tuple[Head, str]],
 ) -> Float[Tensor, "candidate prompt"]:
     """F(C + v) for each candidate v: the circuit `kept` with one node more.
 
@@ -125,9 +124,9 @@ def each_removed(
     model: TransformerBridge,
     prompts: IOIPrompts,
     means: Run,
-    kept: Set[Node] | None,
-    candidates: Sequence[Node],
-    removed: Set[Node] = frozenset(),
+    kept: Nodes | None,
+    candidates: Sequence[tuple[Head, str]],
+    removed: Nodes = frozenset(),
 ) -> Float[Tensor, "candidate prompt"]:
     """F(C - K - v) for each candidate v, with K `removed`; of the whole model if `kept` is None.
 
@@ -168,9 +167,9 @@ def forward_search(
     model: TransformerBridge,
     prompts: IOIPrompts,
     means: Run,
-    candidates: Sequence[Node],
+    candidates: Sequence[tuple[Head, str]],
     n_steps: int,
-    start: Set[Node] = frozenset(),
+    start: Nodes = frozenset(),
 ) -> list[Step]:
     """From `start` up: nodes in the order of adding, each the one that brings F(C) nearest to F(M).
 
@@ -195,7 +194,7 @@ def backward_search(
     model: TransformerBridge,
     prompts: IOIPrompts,
     means: Run,
-    candidates: Sequence[Node],
+    candidates: Sequence[tuple[Head, str]],
     n_left: int,
 ) -> list[Step]:
     """From all candidates down: nodes in the order of removing, each the one missed least.
@@ -217,7 +216,7 @@ def backward_search(
 
 @checked
 def worst_set(
-    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Set[Node], n_steps: int
+    model: TransformerBridge, prompts: IOIPrompts, means: Run, kept: Nodes, n_steps: int
 ) -> list[Step]:
     """Nodes of the circuit whose knock-out tells circuit and model apart most, one after another.
 
@@ -237,7 +236,7 @@ def worst_set(
 
 
 def _check_candidates(
-    model: TransformerBridge, prompts: IOIPrompts, candidates: Sequence[Node]
+    model: TransformerBridge, prompts: IOIPrompts, candidates: Sequence[tuple[Head, str]]
 ) -> None:
     if not candidates:
         raise ValueError("candidates is empty, give at least one node")

@@ -18,12 +18,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.checks import check_count, generator_of
-from utils.heads import (
-    attention_patterns,
-    prefix_matching_score,
-    previous_token_score,
-    score_heads,
-)
+from utils.heads import attention_patterns, prefix_matching_score, previous_token_score, score_heads
 from utils.metrics import half_losses, icl_score, per_token_loss
 from utils.prompts import repeated_tokens
 from utils.typed import checked
@@ -34,7 +29,6 @@ SHORTEST = 8
 CONTEXT = 1 + 2 * LONGEST
 BATCH = 64  # sequences a step
 SNAPSHOT = 10  # steps from one measurement to the next
-EARLY, LATE, AROUND = 12, 12 + LONGEST, 5  # in-context-learning score: middle of either copy
 HELD_OUT, HELD_OUT_SEED = 64, 1_000_003
 _cut_short: dict[tuple, tuple] = {}  # trainings that were interrupted, as of their last snapshot
 
@@ -63,21 +57,31 @@ class ToyRun(NamedTuple):
 
 
 @checked
-def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> TransformerBridge:
-    """An untrained attention-only model: 64 dimensions, 4 heads of 32 per layer, 64 tokens.
+def build_toy(
+    n_layers: int,
+    smeared: bool = False,
+    seed: int = 0,
+    n_heads: int = 4,
+    d_model: int = 64,
+    context: int = CONTEXT,
+) -> TransformerBridge:
+    """An untrained attention-only model of `VOCAB` tokens, with heads of 32 dimensions.
 
     `smeared` mixes each key of the first layer with the one before it (Olsson et al. 2022,
-    argument 2), by a learned share per head. Raises ValueError for fewer than one layer.
+    argument 2), by a learned share per head. Raises ValueError for fewer than one layer, head,
+    dimension or token of context.
     """
-    check_count("n_layers", n_layers)
+    sizes = dict(n_layers=n_layers, n_heads=n_heads, d_model=d_model, context=context)
+    for name, size in sizes.items():
+        check_count(name, size)
     generator_of(seed)  # raises for what is no seed
     config = TransformerBridgeConfig(
         n_layers=n_layers,
-        d_model=64,
-        n_heads=4,
+        d_model=d_model,
+        n_heads=n_heads,
         d_head=32,
         d_vocab=VOCAB,
-        n_ctx=CONTEXT,
+        n_ctx=context,
         attn_only=True,
         act_fn=None,
         normalization_type="LN",
@@ -85,7 +89,7 @@ def build_toy(n_layers: int, smeared: bool = False, seed: int = 0) -> Transforme
     )
     model = TransformerBridge.boot_native(config, device="cpu")
     if smeared:
-        alpha = torch.nn.Parameter(torch.zeros(model.cfg.n_heads))
+        alpha = torch.nn.Parameter(torch.zeros(n_heads))
         # on the wrapped model, whose parameters are those that the optimiser gets
         model.original_model.register_parameter("smear_alpha", alpha)
         model.add_hook("blocks.0.attn.hook_k", lambda k, hook: smear(k, alpha), is_permanent=True)
@@ -102,16 +106,27 @@ def smear(
 
 
 @checked
-def toy_batch(generator: torch.Generator, n_sequences: int = BATCH) -> Int[Tensor, "sequence pos"]:
+def toy_batch(
+    generator: torch.Generator,
+    n_sequences: int = BATCH,
+    shortest: int = SHORTEST,
+    longest: int = LONGEST,
+    context: int = CONTEXT,
+) -> Int[Tensor, "sequence pos"]:
     """Training data: token 0, then a random segment again and again until the context is full.
 
-    The segment's tokens are distinct; its length is drawn per sequence (8 to 23), so that no fixed
-    distance leads back to the copy. Raises ValueError for fewer than one sequence.
+    The segment's tokens are distinct; its length is drawn per sequence, `shortest` to `longest`, so
+    that no fixed distance leads back to the copy. Raises ValueError for fewer than one sequence,
+    and lengths that are not in order within 2..`VOCAB` - 1.
     """
     check_count("n_sequences", n_sequences)
+    check_count("context", context)
+    if not 2 <= shortest <= longest < VOCAB:
+        got = f"{shortest} to {longest}"
+        raise ValueError(f"shortest and longest must be in order within 2..{VOCAB - 1}, got {got}")
     segments = 1 + torch.rand(n_sequences, VOCAB - 1, generator=generator).argsort(-1)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (n_sequences, 1), generator=generator)
-    body = segments.gather(1, torch.arange(CONTEXT - 1) % lengths)
+    lengths = torch.randint(shortest, longest + 1, (n_sequences, 1), generator=generator)
+    body = segments.gather(1, torch.arange(context - 1) % lengths)
     return torch.nn.functional.pad(body, (1, 0))
 
 
@@ -129,7 +144,7 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
     held_out = repeated_tokens(model, HELD_OUT, LONGEST, seed=HELD_OUT_SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = generator_of(seed)
-    snapshots = [{"steps": torch.tensor(0)} | _measure(model, held_out)]
+    snapshots = [{"steps": torch.tensor(0)} | snapshot(model, held_out)]
     name = f"{n_layers} layer{'s' * (n_layers > 1)}{', smeared keys' * smeared}"
     trained = model.original_model  # the wrapped module, which has the parameters
     done = 0
@@ -146,7 +161,7 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
             loss.backward()
         optimiser.step()
         if step % SNAPSHOT == 0 or step == n_steps:
-            snapshots.append({"steps": torch.tensor(step)} | _measure(model, held_out))
+            snapshots.append({"steps": torch.tensor(step)} | snapshot(model, held_out))
             states = trained.state_dict(), optimiser.state_dict(), generator.get_state()
             _cut_short[key] = deepcopy((step, snapshots, *states))
     del _cut_short[key]
@@ -158,10 +173,7 @@ def train_toy(n_layers: int, smeared: bool = False, seed: int = 0, n_steps: int 
 
 @checked
 def share_formed(
-    steps: Int[Tensor, "snapshot"],
-    values: Float[Tensor, "snapshot"],
-    centre: float,
-    width: float,
+    steps: Int[Tensor, "snapshot"], values: Float[Tensor, "snapshot"], centre: float, width: float
 ) -> float:
     """Share of a quantity's change over training that falls within `centre` ± `width` / 2 steps.
 
@@ -250,14 +262,20 @@ def _check_rising(steps: Int[Tensor, "snapshot"]) -> None:
 
 
 @torch.no_grad()
-def _measure(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> dict[str, Tensor]:
-    """What `ToyRun` has of a snapshot, by name."""
+@checked
+def snapshot(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], shortest: int = SHORTEST
+) -> dict[str, Tensor]:
+    """What `ToyRun` has of a snapshot, by name, on two copies each. Raises as `half_losses`."""
+    check_count("shortest", shortest, least=2)
     loss = per_token_loss(model, tokens)
-    icl = icl_score(loss, early=EARLY, late=LATE, window=AROUND)
+    longest = loss.shape[1] // 2
+    early, around = 1 + longest // 2, min(5, longest // 3)
+    icl = icl_score(loss, early=early, late=early + longest, window=around)
     prefix = score_heads(model, tokens, prefix_matching_score)
-    previous = score_heads(model, tokens[:, : 1 + LONGEST], previous_token_score)
-    first, second = half_losses(loss, LONGEST)
-    short = repeated_tokens(model, HELD_OUT, SHORTEST, seed=HELD_OUT_SEED)
+    previous = score_heads(model, tokens[:, : 1 + longest], previous_token_score)
+    first, second = half_losses(loss, longest)
+    short = repeated_tokens(model, HELD_OUT, shortest, seed=HELD_OUT_SEED)
     return {
         "first_loss": first.mean(),
         "second_loss": second.mean(),

@@ -12,6 +12,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
+Hooks = Sequence[tuple[str, Callable]]  # of TransformerLens: where, and what is done there
 checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float
 ADVICE = {"TransformerBridge": "utils.models.load_model gives one", "Tensor": "use torch.tensor"}
 

@@ -1,6 +1,6 @@
 """Copying and composition: what heads' weights do to tokens, and to one another."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -12,21 +12,14 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import composition_scores as frobenius_scores
 
-from utils.checks import (
-    check_count,
-    check_model,
-    check_range,
-    check_tokens,
-    generator_of,
-    start_token,
-)
+from utils.checks import check_count, check_range, check_tokens, generator_of, start_token
+from utils.edits import hook_name, record
 from utils.engine.memory import check_cache
-from utils.heads import all_heads, cache_heads, check_heads
+from utils.heads import all_heads, check_heads
 from utils.metrics import token_batches
 from utils.prompts import ordinary_tokens
 from utils.typed import checked
 
-KINDS = ("Q", "K", "V")
 TOP = 5  # a head copies a name that it puts among so many largest logits
 
 
@@ -50,7 +43,6 @@ def qk_weights(
     return circuit.A[layer, head].detach(), circuit.B[layer, head].mT.detach()
 
 
-@torch.no_grad()
 @checked
 def copying_of_output(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
@@ -63,18 +55,7 @@ def copying_of_output(
     activation evaluators": 25 random tokens, neither the most nor the least common, no start
     token). Raises ValueError if a prompt repeats a token.
     """
-    scores = []
-    for batch, raises in _with_directions(model, tokens, skip_start=False):
-        cache, shares = cache_heads(model, batch, ["pattern", "z"]), []
-        for layer, block in enumerate(model.blocks):
-            z, w_o = cache["z", layer], block.attn.W_O
-            written = einsum(z, w_o, "p dest h d, h d model -> p h dest model")
-            raised = einsum(written, raises, "p h dest model, p token model -> p h dest token")
-            raised = raised.relu()
-            own = (cache["pattern", layer] * raised).sum((-2, -1))
-            shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
-        scores.append(on_paper_scale(torch.stack(shares, dim=1)))
-    return torch.cat(scores)
+    return on_paper_scale(_share_on_attended(model, tokens, by_source=False))
 
 
 @checked
@@ -87,7 +68,6 @@ def on_paper_scale(share: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return 4 * share / (1 + share) - 1
 
 
-@torch.no_grad()
 @checked
 def copying_score(
     model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]
@@ -98,40 +78,61 @@ def copying_score(
     raises as in `copying_of_output`; of all of them the share is taken that falls on the attended
     token itself, with the attention summed over destinations as weight. So a head may spread its
     attention, and the start token, where heads park it, can be left out. The split is ours. Raises
-    ValueError if a prompt repeats a token.
+    ValueError if a prompt repeats a token. `on_paper_scale((score + 1) / 2)` is on Olsson's scale.
     """
+    return 2 * _share_on_attended(model, tokens, by_source=True) - 1
+
+
+@torch.no_grad()
+def _share_on_attended(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], by_source: bool
+) -> Float[Tensor, "prompt layer head"]:
+    """Of what each head raises, the share on attended tokens, weighted by attention.
+
+    What is raised by a head's output at each position, or `by_source`: by the value of each source
+    but the start token, counted as often as it is attended to.
+    """
+    batches, first = token_batches(model, tokens), int(by_source)
+    check_count("positions of tokens", tokens.shape[1], least=2 + first)
+    if any(len(row.unique()) < len(row) for row in tokens):
+        raise ValueError("tokens must not repeat within a prompt")
     scores = []
-    for batch, raises in _with_directions(model, tokens, skip_start=True):
-        cache, shares = cache_heads(model, batch, ["pattern", "v"]), []
+    for batch in batches:
+        # the direction that raises each token above the mean
+        raises = model.W_U.T[batch[:, first:]] - model.W_U.mean(1)  # [prompt token d_model]
+        site, shares = "v" if by_source else "z", []
+        seen = record(model, batch, ["pattern", site]).activations
         for layer, block in enumerate(model.blocks):
-            v = _value_by_head(model, cache["v", layer])[:, 1:]
-            written = einsum(v, block.attn.W_O, "p src h d, h d model -> p h src model")
-            raised = einsum(written, raises, "p h src model, p token model -> p h src token").relu()
-            # what each token receives, over all destinations
-            attention = cache["pattern", layer][..., 1:].sum(-2)
-            own = (attention * raised.diagonal(dim1=-2, dim2=-1)).sum(-1)
-            shares.append(own / (attention * raised.sum(-1)).sum(-1).clamp_min(1e-12))
-        scores.append(2 * torch.stack(shares, dim=1) - 1)
+            pattern = seen[hook_name(layer, "pattern")][..., first:]  # [prompt head dest src]
+            x = seen[hook_name(layer, site)]
+            x = _value_by_head(model, x)[:, 1:] if by_source else x
+            written = einsum(x, block.attn.W_O, "p pos h d, h d model -> p h pos model")
+            raised = einsum(written, raises, "p h pos model, p token model -> p h pos token").relu()
+            if by_source:
+                raised = pattern.sum(-2)[..., None] * raised
+                own = raised.diagonal(dim1=-2, dim2=-1).sum(-1)
+            else:
+                own = (pattern * raised).sum((-2, -1))
+            shares.append(own / raised.sum((-2, -1)).clamp_min(1e-12))
+        scores.append(torch.stack(shares, dim=1))
     return torch.cat(scores)
 
 
 @torch.no_grad()
 @checked
-def eigenvalue_copying_score(
-    model: TransformerBridge, heads: Iterable[tuple[int, int]] | None = None
-) -> Float[Tensor, "*heads"]:
+def eigenvalue_copying_score(model: TransformerBridge) -> Float[Tensor, "layer head"]:
     """Sum of the eigenvalues of W_E W_V W_O W_U over the sum of their sizes, from -1 to 1.
 
     Near 1 the head copies: what it makes of a mix of tokens raises that mix (Elhage et al. 2021,
-    "copying"). Gives [layer head], or [n] for a list of heads. Embedding and unembedding are taken
-    as they are: what the first MLP does to a token, and the scale of LayerNorm, are left out.
+    "copying"). Embedding and unembedding are taken as they are: what the first MLP does to a token,
+    and the scale of LayerNorm, are left out.
     """
-    w_v, w_o = ov_weights(model, all_heads(model) if heads is None else heads)
+    w_v, w_o = ov_weights(model, all_heads(model))
     # AB and BA share their non-zero eigenvalues: d_head numbers instead of a vocabulary of them
     small = w_o @ (model.W_U @ model.W_E) @ w_v
     eigenvalues = torch.linalg.eigvals(small.cpu().double())
     score = (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1)).float().to(w_v.device)
-    return score if heads is not None else score.unflatten(0, (-1, model.cfg.n_heads))
+    return score.unflatten(0, (-1, model.cfg.n_heads))
 
 
 @torch.no_grad()
@@ -206,10 +207,11 @@ def name_copying_in_place(
     check_range("positions", positions, tokens.shape[1])
     prompt = torch.arange(len(tokens))
     own = tokens[prompt, positions]
-    cache = cache_heads(model, tokens, ["v"])
+    values = record(model, tokens, ["v"]).activations.values()
     copied = []
-    for layer, block in enumerate(tqdm(model.blocks, desc="copying", leave=False)):
-        v = _value_by_head(model, cache["v", layer])[prompt, positions]
+    layers = zip(model.blocks, values, strict=True)
+    for block, v in tqdm(layers, desc="copying", total=len(model.blocks), leave=False):
+        v = _value_by_head(model, v)[prompt, positions]
         written = einsum(sign * v, block.attn.W_O, "prompt h d, h d model -> prompt h model")
         copied.append(_in_top_k(model, written, own).float())
     return torch.stack(copied, dim=1)
@@ -245,9 +247,7 @@ def composition_scores(
 
 
 @checked
-def composition_baseline(
-    model: TransformerBridge, n: int = 100, seed: int = 0
-) -> Float[Tensor, "n"]:
+def composition_baseline(model: TransformerBridge, n: int = 100) -> Float[Tensor, "n"]:
     """Composition scores of `n` pairs of heads with Gaussian weights of the model's shapes.
 
     What two heads score that know nothing of each other, in a residual stream without preferred
@@ -255,25 +255,10 @@ def composition_baseline(
     """
     check_count("n", n)
     shape = (n, 4, model.cfg.d_model, model.cfg.d_head)
-    weights = torch.randn(shape, generator=generator_of(seed))
+    weights = torch.randn(shape, generator=generator_of(0))
     w_v, w_o, w_q, w_k = weights.unbind(1)
     writes, reads = FactoredMatrix(w_v, w_o.mT), FactoredMatrix(w_q, w_k.mT)
     return frobenius_scores(writes, reads, broadcast_dims=False)
-
-
-def _with_directions(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], skip_start: bool
-) -> Iterator[tuple[Int[Tensor, "batch pos"], Float[Tensor, "batch token d_model"]]]:
-    """Batches, with the direction that raises each token, but a start token, above the mean."""
-    check_model(model)
-    first = int(skip_start)
-    batches = token_batches(model, tokens)
-    check_count("positions of tokens", tokens.shape[1], least=2 + first)
-    if any(len(row.unique()) < len(row) for row in tokens):
-        raise ValueError("tokens must not repeat within a prompt")
-    mean_logit = model.W_U.mean(1)
-    for batch in batches:
-        yield batch, model.W_U.T[batch[:, first:]] - mean_logit
 
 
 def _value_by_head(

@@ -4,43 +4,33 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import groupby
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.interrupts import ctrl_c_waits
 from utils.engine.memory import SHARE, activation_shape, check_cache, check_fits, free_memory
-from utils.engine.readout import Hooks, Metric, read_hook, read_out, values_of
+from utils.engine.readout import Metric, read_hook, read_out, values_of
 from utils.engine.replay import Replay, can_replay, is_out_of_memory, layer_of
+from utils.typed import Hooks
 
 KEPT = ("hook_resid_pre", "attn.hook_k", "attn.hook_v")  # what a recording has of each block
 Item = TypeVar("Item")
 Values = Float[Tensor, "item prompt *read"]
-
-
-class EditLike(Protocol):
-    """What the engine needs to know of a `utils.edits.Edit`."""
-
-    name: str
-    where: Bool[Tensor, "*axes"]
-    source: Any
-    position_axis: int
-    same_prompts: bool
-
-    def __call__(self, x: Tensor, rows: slice = ..., start: int = ...) -> Tensor: ...
+Edit = Any  # a `utils.edits.Edit`, which stands above the engine
 
 
 def sweep_in_packs(
     model: TransformerBridge,
     tokens: Int[Tensor, "prompt pos"],
     metric: Metric,
-    interventions: Sequence[Sequence[EditLike]],
-    base: Sequence[EditLike],
+    interventions: Sequence[Sequence[Edit]],
+    base: Sequence[Edit],
     read: Sequence[int] | None,
     desc: str,
 ) -> Values:
@@ -50,7 +40,8 @@ def sweep_in_packs(
     does not fit. Raises ValueError for an edit at no block or that does not fit the prompts.
     """
     n_prompts, n_positions = tokens.shape
-    last_alone, read = read is None, list(read or [n_positions - 1])
+    last_alone = read is None  # the metric then gives one value per prompt
+    read = [n_positions - 1] if read is None else list(read)
     n_part = min(n_prompts, rows_that_fit(model, n_positions))
     names = [f"blocks.{layer}.{x}" for layer in range(model.cfg.n_layers) for x in KEPT]
     check_cache(model, tokens, names)
@@ -83,6 +74,7 @@ def sweep_in_packs(
             ]  # each [copy prompt read d_model]
             return read_out(model, metric, torch.cat(resid, dim=1), last_alone)
 
+        # by start, and then by block: within a pack the copies join as `Replay.run` wants them
         order = sorted(range(len(interventions)), key=begins.__getitem__)
         found: dict[int, Tensor] = {}
         for start, group in groupby(order, key=lambda i: begins[i][0]):
@@ -94,7 +86,7 @@ def sweep_in_packs(
 
 
 def check_edits(
-    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], edits: Sequence[EditLike]
+    model: TransformerBridge, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
 ) -> None:
     """Raise ValueError for an edit that does not fit the model and the prompts."""
     seen: dict[int, Tensor] = {}  # what many edits share is looked at once
@@ -116,8 +108,8 @@ def check_edits(
 def first_change(
     model: TransformerBridge,
     tokens: Int[Tensor, "prompt pos"],
-    edits: Sequence[EditLike],
-    base: Sequence[EditLike],
+    edits: Sequence[Edit],
+    base: Sequence[Edit],
 ) -> tuple[int, int]:
     """The first position and the lowest block that the edits change, on top of `base`."""
     found = [(tokens.shape[1] - 1, model.cfg.n_layers - 1)]  # if they change nothing
@@ -137,10 +129,10 @@ def first_change(
 
 
 def copy_hooks(
-    base: Sequence[EditLike], copies: Sequence[Sequence[EditLike]], rows: slice, start: int = 0
+    base: Sequence[Edit], copies: Sequence[Sequence[Edit]], rows: slice, start: int = 0
 ) -> Hooks:
     """Hooks on copies of some prompts: `base` on each of them, `copies[i]` on copy i alone."""
-    by_name: dict[str, list[tuple[int | None, EditLike]]] = defaultdict(list)
+    by_name: dict[str, list[tuple[int | None, Edit]]] = defaultdict(list)
     for edit in base:
         by_name[edit.name].append((None, edit))
     for copy, edits in enumerate(copies):

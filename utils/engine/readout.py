@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.typed import checked
+from utils.checks import check_range
+from utils.typed import Hooks, checked
 
-Hooks = Sequence[tuple[str, Callable]]
 Metric = Callable[[Float[Tensor, "prompt read vocab"]], Float[Tensor, "prompt *read"]]
 LOGITS_AT_ONCE = 2**24  # logits held at once: 64 MB in float32
 VOCAB_PART = 2048
@@ -31,7 +31,7 @@ class Readout(ABC):
     hooks: Hooks = ()
 
     @abstractmethod
-    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
+    def check(self, n_prompts: int, d_vocab: float, n_read: int = 1) -> None:
         """Raise ValueError unless it can measure so many prompts over this vocabulary."""
 
     @abstractmethod
@@ -57,15 +57,16 @@ class LogitDiff(Readout):
 
     @checked
     def __init__(self, answers: Int[Tensor, "prompt 2"], hooks: Hooks = ()):
-        _check_ids("answers", answers)
+        check_range("answers", answers)
         same = (answers[:, 0] == answers[:, 1]).nonzero()
         if len(same):
             token = int(answers[same[0], 0])
             raise ValueError(f"answers: right and wrong of prompt {int(same[0])} are both {token}")
         self.answers, self.hooks = answers.long(), hooks
 
-    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
-        _check_ids("answers", self.answers, n_prompts, d_vocab)
+    def check(self, n_prompts: int, d_vocab: float, n_read: int = 1) -> None:
+        _check_prompts("answers", self.answers, n_prompts)
+        check_range("answers", self.answers, d_vocab)
 
     def __call__(self, logits: Float[Tensor, "prompt read vocab"]) -> Float[Tensor, "prompt"]:
         right, wrong = logits[:, -1].gather(1, self.answers.to(logits.device)).unbind(1)
@@ -82,11 +83,12 @@ class TokenLoss(Readout):
 
     @checked
     def __init__(self, targets: Int[Tensor, "prompt read"]):
-        _check_ids("targets", targets)
+        check_range("targets", targets)
         self.targets = targets.long()
 
-    def check(self, n_prompts: int, d_vocab: int, n_read: int = 1) -> None:
-        _check_ids("targets", self.targets, n_prompts, d_vocab)
+    def check(self, n_prompts: int, d_vocab: float, n_read: int = 1) -> None:
+        _check_prompts("targets", self.targets, n_prompts)
+        check_range("targets", self.targets, d_vocab)
         if self.targets.shape[1] != n_read:
             got = self.targets.shape[1]
             raise ValueError(
@@ -198,11 +200,6 @@ def read_hook(read: Sequence[int]) -> tuple[str, Callable]:
     return ("unembed.hook_in", lambda resid, hook: resid[:, read])
 
 
-def _check_ids(
-    name: str, ids: Int[Tensor, "prompt n"], n_prompts: int | None = None, d_vocab: int = 2**62
-) -> None:
-    if n_prompts not in (None, len(ids)):
+def _check_prompts(name: str, ids: Int[Tensor, "prompt n"], n_prompts: int) -> None:
+    if len(ids) != n_prompts:
         raise ValueError(f"{name} are for {len(ids)} prompts, this run has {n_prompts}")
-    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
-        got = f"{ids.tolist()[:3]} ..."
-        raise ValueError(f"{name} must be token ids, below {d_vocab}, got {got}")

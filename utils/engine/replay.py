@@ -28,8 +28,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from utils.engine.interrupts import ctrl_c_waits
-from utils.engine.readout import Hooks, read_hook
+from utils.engine.readout import read_hook
 from utils.engine.shortcuts import given_attention
+from utils.typed import Hooks
 
 # Along which dimension each argument of a block counts the positions it computes.
 POSITION_DIM = {

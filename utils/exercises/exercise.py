@@ -332,10 +332,7 @@ class Exercises:
         return next((e.library for e in self.all.values() if e.name == name), None)
 
     def predict(
-        self,
-        question: str,
-        options: Sequence[str] = (),
-        mine: str | float | None = None,
+        self, question: str, options: Sequence[str] = (), mine: str | float | None = None
     ) -> None:
         """Print the question and note the guess: a letter, or a number where there are no options.
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils.session import ROOT as ROOT  # for those who import it from here
-
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNS = {HOLDS: "✓", FAILS: "✗", UNDECIDED: "?"}
 

@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from utils.ledger.results import (
-    FAILS,
-    HOLDS,
-    SIGNS,
-    UNDECIDED,
-    cells,
-    counts,
-    quantity,
-    seeds,
-    why,
-)
+from utils.ledger.results import FAILS, HOLDS, SIGNS, UNDECIDED, cells, counts, quantity, seeds, why
 
 # White on these, and these on white, have a contrast of at least 4.5; the sign says the same.
 COLOURS = {HOLDS: "#1a7f37", FAILS: "#b3261e", UNDECIDED: "#7a5c00"}

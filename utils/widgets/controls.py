@@ -26,7 +26,7 @@ from ipywidgets import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
-from utils.circuit import ROLE_POSITIONS, Circuit, nodes
+from utils.circuit import ROLE_POSITIONS, Circuit, Node, nodes
 from utils.edits import Run, heads_from
 from utils.heads import Head, check_heads
 from utils.ioi import single_token_names
@@ -168,7 +168,7 @@ def your_sentence(model: TransformerBridge, found: Circuit, means: Mapping[str, 
 
     @lru_cache(maxsize=100)
     def run(typed: tuple[str, str, str], out: Switched) -> EndRun:
-        gone = {(head, ROLE_POSITIONS[role]) for role, head in out}
+        gone = {Node(head, ROLE_POSITIONS[role]) for role, head in out}
         return run_at_end(model, own_prompt(model, *typed), heads, gone, means)
 
     def draw() -> go.Figure:

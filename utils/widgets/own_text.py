@@ -4,7 +4,7 @@ Each answer takes one run of the model, so that a widget gives it at once (`cont
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 from utils.checks import check_range, check_tokens, start_token
-from utils.circuit import Node
+from utils.circuit import Nodes
 from utils.edits import Edit, Run, heads_from, hook_name, hooks, only_at
 from utils.engine.packs import check_edits
 from utils.heads import check_heads
@@ -149,7 +149,7 @@ def run_at_end(
     model: TransformerBridge,
     prompt: NamePrompts,
     heads: Sequence[tuple[int, int]],
-    out: Set[tuple],
+    out: Nodes,
     means: Mapping[str, Run],
 ) -> EndRun:
     """What the model says at END with the nodes `out` replaced by their means at their places.
@@ -184,7 +184,7 @@ def _run_once(
 
 
 def _knocked_out(
-    model: TransformerBridge, prompt: NamePrompts, out: Set[Node], means: Mapping[str, Run]
+    model: TransformerBridge, prompt: NamePrompts, out: Nodes, means: Mapping[str, Run]
 ) -> list[Edit]:
     edits = []
     for place in sorted({place for _, place in out}):

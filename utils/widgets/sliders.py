@@ -10,13 +10,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from utils.circuit import Node, node_label
+from utils.circuit import PLACES, Node
 from utils.look import COLOURS, MAPS, by_layer, line_looks, titled
 from utils.metrics import Estimate
 from utils.toy import ToyRun
 from utils.typed import checked
 
-PLACES = ["S1", "IO", "S1+1", "S2", "END"]  # from left to right in a prompt, by and large
 NOW = dict(size=10, color="#222", symbol="diamond")  # where the slider stands
 
 
@@ -165,7 +164,7 @@ def circuits_by_threshold(
         changes: dict[int, object] = {}
         for trace, wanted in enumerate((True, False)):
             at = [i for i, has in enumerate(has_role) if has == wanted]
-            text = [f"{node_label(nodes[i])}: {contributions[nodes[i]]:.1%}" for i in at]
+            text = [f"{nodes[i]}: {contributions[nodes[i]]:.1%}" for i in at]
             x, y = [round(across[i], 2) for i in at], [nodes[i][0].layer for i in at]
             changes[trace] = go.Scatter(x=x, y=y, text=text)
         y = [round(kept[n][group].mean, 3) for group in groups]
