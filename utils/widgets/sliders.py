@@ -142,8 +142,8 @@ def circuits_by_threshold(
     look = dict(subplot_titles=titles, column_widths=[0.5, 0.5], horizontal_spacing=0.17)
     figure = make_subplots(1, 2, **look)
     most = max(head.head for head, _ in nodes) + 1
-    across = [PLACES.index(place) + 0.8 * (head.head + 0.5) / most - 0.4 for head, place in nodes]
-    for name, colour in (("has a role", COLOURS[0]), ("has none", COLOURS[1])):
+    across = [PLACES.index(place) + 0.6 * (head.head + 0.5) / most - 0.3 for head, place in nodes]
+    for name, colour in (("has a role", COLOURS[2]), ("has none", COLOURS[3])):
         dots = dict(size=9, color=colour, symbol="circle" if name == "has a role" else "square")
         figure.add_scatter(
             mode="markers", marker=dots, name=name, hoverinfo="text", showlegend=True, row=1, col=1
@@ -152,7 +152,7 @@ def circuits_by_threshold(
         means, errors = zip(
             *((kept[n][group].mean, kept[n][group].stderr) for n in sizes), strict=True
         )
-        line = dict(color=COLOURS[2 + i], width=2, dash=("solid", "dash", "dot")[i % 3])
+        line = dict(color=COLOURS[i], width=2, dash=("solid", "dash", "dot")[i % 3])
         bars = dict(array=errors, thickness=1)
         look = dict(mode="lines+markers", line=line, error_y=bars, name=group)
         figure.add_scatter(x=sizes, y=means, **look, row=1, col=2)
