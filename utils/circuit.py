@@ -66,7 +66,6 @@ class Node(NamedTuple):
 
 
 Nodes = Set[tuple[Head, str]]  # of `Node`, or of plain pairs
-node_label, node_from_label = str, Node.from_label  # as the notebook calls them
 
 
 class Faithfulness(NamedTuple):
