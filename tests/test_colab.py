@@ -108,7 +108,10 @@ def test_setup_without_a_network_says_what_to_do(cell, git, alone):
     done = run(cell, alone / "here")
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
-    assert re.match(r"RuntimeError: Repository not found: unpack https://\S+\.zip, open", message)
+    assert re.match(
+        r"RuntimeError: Repository not fetched: run this again, or inside https://\S+\.zip, un",
+        message,
+    )
 
 
 def test_setup_fetches_the_repository_once_and_installs_on_colab_alone(path, cell, alone):

@@ -80,7 +80,8 @@ def test_lab_opens_the_first_notebook_in_the_same_environment(
     monkeypatch.chdir(repository)  # and back after the test
     lab.main(["--no-browser"])
     (python, command), _ = become.call_args
-    opens = [sys.executable, "-m", "jupyterlab", "my/a_notebook.ipynb"]
+    opens = [sys.executable, "-m", "jupyterlab"]
+    opens += ["--LabApp.default_url=/lab/tree/my/a_notebook.ipynb"]
     assert (python, command[:4], command[6:]) == (sys.executable, opens, ["--no-browser", *allowed])
     assert os.getcwd() == str(repository)
     (layout,) = (repository / "my/.layout").iterdir()

@@ -181,6 +181,18 @@ def test_switches_and_text_move_the_figure(random_gpt2):
     assert len(figure_of(widget).data) == 2
 
 
+def test_a_click_sends_the_figure_and_not_plotlys_script(random_gpt2, monkeypatch):
+    monkeypatch.setattr(pio.renderers, "default", "plotly_mimetype+notebook")
+    sent, notebook = [], type(pio.renderers["notebook"])
+    monkeypatch.setattr(notebook, "activate", lambda self: sent.append("script"))
+    widget = controls.your_text(random_gpt2, {"a": [Head(0, 0), Head(0, 1)]}, text="A cat, a dog")
+    for name in ("L0H0", "L0H1", "all a"):
+        control(widget, name).value = True
+    assert sent == ["script"]  # once, for the first figure of all
+    (shown,) = widget.place.outputs
+    assert sum(map(len, map(str, shown["data"].values()))) < 100_000
+
+
 def test_what_was_typed_is_shown_as_text(random_gpt2):
     widget = controls.your_text(random_gpt2, {"a": [Head(0, 0)]})
     control(widget, "Text").value = "a <b> & <a href='x'>y</a>"

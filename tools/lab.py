@@ -88,7 +88,9 @@ def main(options: list[str]) -> None:
     os.chdir(ROOT)
     os.environ.setdefault("PYTHONSTARTUP", str(ROOT / "tools/kernel_start.py"))
     open_contents(layout := MY / ".layout")
-    command = ["-m", "jupyterlab", str(first.relative_to(ROOT))]
+    # in this way the address that is printed leads there too
+    command = ["-m", "jupyterlab"]
+    command += [f"--LabApp.default_url=/lab/tree/{first.relative_to(ROOT).as_posix()}"]
     command += [f"--LabApp.app_settings_dir={SETTINGS}", f"--LabApp.workspaces_dir={layout}"]
     command += options
     if getattr(os, "geteuid", lambda: None)() == 0:  # as in a container, where Jupyter asks for it

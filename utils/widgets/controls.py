@@ -13,10 +13,14 @@ from functools import lru_cache
 from html import escape
 
 import plotly.graph_objects as go
+import plotly.io as pio
 from ipywidgets import (
     HTML,
+    Accordion,
+    Box,
     HBox,
     IntSlider,
+    Label,
     Layout,
     Output,
     SelectionSlider,
@@ -60,8 +64,8 @@ class Live(VBox):
         self, controls: Sequence, draw: Callable[[], go.Figure], still: go.Figure | None = None
     ):
         self.draw, figure = draw, draw()
-        first = figure._repr_mimebundle_()
-        self.still = still._repr_mimebundle_() if still else first
+        first = _shown(figure)
+        self.still = _shown(still) if still else first
         self.message = HTML(layout=Layout(min_height="1.6em"))
         room = Layout(min_height=f"{figure.layout.height}px")  # so that the page does not jump
         self.place = Output(layout=room)
@@ -72,7 +76,7 @@ class Live(VBox):
 
     def redraw(self, _change: object = None) -> None:
         try:
-            self._show(self.draw()._repr_mimebundle_())
+            self._show(_shown(self.draw()))
         except ValueError as error:
             self.message.value = f'<b role="alert">{escape(str(error))}</b>'
 
@@ -83,6 +87,14 @@ class Live(VBox):
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The widget's view, and beside it what to show where there are no widgets."""
         return super()._repr_mimebundle_(**kwargs) | self.still | {"text/plain": "Widget"}
+
+
+def _shown(figure: go.Figure) -> dict:
+    """A figure as the chosen renderers show it.
+
+    Its own method would send all of plotly's script again, five megabytes for every click.
+    """
+    return pio.renderers._build_mime_bundle(figure.to_dict())
 
 
 @checked
@@ -185,13 +197,13 @@ def your_sentence(model: TransformerBridge, found: Circuit, means: Mapping[str, 
 _WRAP = Layout(flex_flow="row wrap")
 _LINE = dict(
     continuous_update=False,  # when Enter is pressed, or the slider let go
-    layout=Layout(width="95%", max_width="48em"),
+    layout=Layout(width="95%", max_width="60em"),
     style=dict(description_width="9em"),
 )
 
 
 def _switches(groups: Mapping[str, Sequence[Head]]) -> tuple[VBox, Callable[[], Switched]]:
-    """A row for each group, a switch for all of its heads and one for each; what is off now."""
+    """A switch for each group and, folded, one for each of its heads; what is off now."""
     buttons: dict[tuple[str, Head | None], ToggleButton] = {}
     rows = []
     for group, heads in groups.items():
@@ -201,8 +213,10 @@ def _switches(groups: Mapping[str, Sequence[Head]]) -> tuple[VBox, Callable[[], 
             tip = f"switch off {text}" + ("" if head is None else f", {words}")
             layout = Layout(width=width)
             buttons[group, head] = ToggleButton(description=text, tooltip=tip, layout=layout)
-        row = [button for (name, _), button in buttons.items() if name == group]
-        rows.append(HBox(row, layout=_WRAP))
+        row = [button for (name, head), button in buttons.items() if head and name == group]
+        rows.append(HBox([Label(words, layout=Layout(width="9em")), *row], layout=_WRAP))
+    whole_groups = [button for (_, head), button in buttons.items() if head is None]
+    each = Accordion([VBox(rows)], titles=["head by head"], selected_index=None)
 
     def off() -> Switched:
         pressed = [key for key, button in buttons.items() if button.value]
@@ -213,10 +227,10 @@ def _switches(groups: Mapping[str, Sequence[Head]]) -> tuple[VBox, Callable[[], 
             if head and (group in whole or (group, head) in pressed)
         )
 
-    return VBox(rows), off
+    return VBox([HBox(whole_groups, layout=_WRAP), each]), off
 
 
 def inputs(controls: Sequence) -> list:
     """The controls that have a value, wherever in the boxes."""
-    parts = [inputs(c.children) if isinstance(c, (VBox, HBox)) else [c] for c in controls]
+    parts = [inputs(c.children) if isinstance(c, Box) else [c] for c in controls]
     return [control for part in parts for control in part]
