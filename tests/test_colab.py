@@ -109,7 +109,7 @@ def test_setup_without_a_network_says_what_to_do(cell, git, alone):
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert re.match(
-        r"RuntimeError: Repository not fetched: run this again, or inside https://\S+\.zip, un",
+        r"RuntimeError: Not fetched: run this again, or inside https://\S+\.zip, un",
         message,
     )
 

@@ -97,7 +97,7 @@ def test_a_failed_fetch_stops_with_its_own_message(colab, tmp_path):
         with pytest.raises(CellExecutionError) as stopped:
             run(code(path)[0], tmp_path, (tmp_path / "nowhere").as_uri())
         assert stopped.value.ename == "RuntimeError"
-        assert stopped.value.evalue.startswith("Repository not fetched: ")
+        assert stopped.value.evalue.startswith("Not fetched: ")
         assert list(tmp_path.iterdir()) == []
 
 
