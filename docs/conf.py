@@ -5,8 +5,8 @@ from pathlib import Path
 import circuitsvis
 import plotly
 from docutils import nodes
-from latex2mathml.converter import convert
 
+from tools.pages import to_mathml
 from tools.site import PAGES, REPOSITORY
 from utils.session import ROOT
 
@@ -59,7 +59,7 @@ def link_source(app, pagename, templatename, context, doctree):
 
 def visit_math(self, node):
     display = "block" if isinstance(node, nodes.math_block) else "inline"
-    self.body.append(convert(node.astext(), display=display))
+    self.body.append(to_mathml(node.astext(), display))
     raise nodes.SkipNode
 
 

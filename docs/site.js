@@ -37,20 +37,36 @@ function nameCells(table) {
     texts.forEach((text, i) => (heads[i] = `${heads[i] ?? ""} ${text}`.trim()));
   }
   table.role = "table"; // cells that stand below each other are no table to a browser
+  const spans = heads.map(() => ({ rows: 0 })); // for each column the cell that goes on
   for (const row of table.querySelectorAll("tbody tr")) {
     row.role = "row";
-    const skipped = heads.length - row.cells.length; // a cell of an earlier row goes on there
-    [...row.cells].forEach((cell, i) => {
-      const inside = document.createElement("div");
-      inside.append(...cell.childNodes);
-      cell.append(inside);
-      cell.role = cell.tagName === "TH" ? "rowheader" : "cell";
-      cell.dataset.label = heads[i + skipped];
-      cell.classList.toggle("empty", !inside.textContent.trim());
-    });
+    const own = [...row.cells];
+    for (const [i, head] of heads.entries()) {
+      if (spans[i].rows > 0) { // a card of its own says it again
+        spans[i].rows--;
+        const again = spans[i].cell.cloneNode(true);
+        again.removeAttribute("id");
+        again.classList.add("again");
+        row.insertBefore(again, own[0] ?? null);
+      } else if (own.length) {
+        const cell = own.shift();
+        nameCell(cell, head);
+        spans[i] = { cell, rows: cell.rowSpan - 1 };
+      }
+    }
   }
 }
 
+function nameCell(cell, head) {
+  const inside = document.createElement("div");
+  inside.append(...cell.childNodes);
+  cell.append(inside);
+  cell.role = cell.tagName === "TH" ? "rowheader" : "cell";
+  cell.dataset.label = head;
+  cell.classList.toggle("empty", !inside.textContent.trim());
+}
+
+keepFiguresWhole();
 asCards();
 NARROW.addEventListener("change", asCards);
 document.addEventListener("toggle", asCards, true); // what was folded had no width

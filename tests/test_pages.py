@@ -7,7 +7,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.notebooks import find_notebooks
-from tools.pages import contents, to_html
+from tools.pages import contents, to_html, to_mathml
 from utils.session import ROOT
 
 BADGE = "[![Open In Colab](https://colab.example/badge.svg)](https://colab.example/x)"
@@ -63,3 +63,9 @@ def test_every_formula_of_the_notebooks_becomes_mathml(path):
     assert requests(html) == [] and "<math" in html
     prose = re.sub(r"(?s)<(style|script|pre|code)\b.*?</\1>", "", html)
     assert not re.search(r"\$|\\[a-z]+\{", prose)
+
+
+def test_a_formula_has_signs_that_fonts_have_and_a_space_behind_log():
+    assert "<mi>C</mi><mo>&#x02216;</mo><mi>K</mi>" in to_mathml(r"C \setminus K")
+    assert re.search(r"log</mi><mspace [^>]*></mspace><mi>p", to_mathml(r"\log p(x)"))
+    assert "mspace" not in to_mathml(r"\log(x)")

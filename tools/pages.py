@@ -10,17 +10,25 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent
+FUNCTION = re.compile(r"(<mi>log</mi>)(?=<m[in]>)")  # without brackets a space is due
 HEADING = re.compile(r'<h([12]) id="([^"]+)"[^>]*>(.*?)</h\1>', re.DOTALL)
+
+
+def to_mathml(formula: str, display: str = "inline") -> str:
+    """LaTeX as MathML, in signs that text fonts have too."""
+    text = convert(formula, display=display)
+    text = text.replace("<mi>&#x029F5;</mi>", "<mo>&#x02216;</mo>")
+    return FUNCTION.sub(r'\1<mspace width="0.17em"></mspace>', text)
 
 
 class PageRenderer(IPythonRenderer):
     """Markdown with formulas as MathML, and pictures from elsewhere as their words."""
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return to_mathml(body, "block")
 
     def inline_math(self, body: str) -> str:
-        return convert(body)
+        return to_mathml(body)
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
         return text if url.startswith("http") else super().image(text, url, title)

@@ -29,6 +29,18 @@ function keepDrawn(figures) {
   new MutationObserver(drawAll).observe(document.body, { attributeFilter: ["data-theme"] });
 }
 
+// A figure, its error and its count stay on one line of a cell or an item of a list.
+function keepFiguresWhole() {
+  for (const cell of document.querySelectorAll("td, th, li")) {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+      const { data } = walker.currentNode;
+      const whole = data.replace(/ ± /g, "\u00a0±\u00a0").replace(/\bn = (?=\d)/g, "n\u00a0=\u00a0");
+      if (whole !== data) walker.currentNode.data = whole;
+    }
+  }
+}
+
 function drawFigure(place, { data, layout, frames }) {
   let shown = structuredClone({ data, layout });
   const width = place.clientWidth;
@@ -43,9 +55,11 @@ function drawFigure(place, { data, layout, frames }) {
   Object.assign(shown.layout, { paper_bgcolor: "transparent", plot_bgcolor: "transparent" });
   if (NARROW.matches) shown.layout.dragmode = false; // a finger scrolls the page
   place.style.height = `${shown.layout.height}px`;
-  const config = { responsive: true, displaylogo: false };
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] };
   if (NARROW.matches) config.displayModeBar = false; // it would lie over the title
   Plotly.newPlot(place, { ...shown, frames, config }).then(() => {
+    // ten stops of the tab key for each of dozens of figures, whose words are read to who uses it
+    for (const button of place.querySelectorAll(".modebar-btn")) button.tabIndex = -1;
     if (NARROW.matches) giveRoom(place, wanted);
     if (slider) addSlider(place, slider);
   });

@@ -1,5 +1,6 @@
 // Its figures have been drawn where they stand: they are fitted to the page once all is there.
 addEventListener("load", () => {
+  keepFiguresWhole();
   const figures = new Map();
   for (const place of document.querySelectorAll(".js-plotly-plot")) {
     const { data, layout } = structuredClone({ data: place.data, layout: place.layout });
