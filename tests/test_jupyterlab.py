@@ -88,7 +88,7 @@ def server(request, tmp_path_factory, gpt2_stand_in):
         python = make_environment(folder / "venv", "jupyterlab", bring=shutil.copyfile)
         install = ["ipykernel", "install", "--prefix", str(folder / "venv"), "--name", kernel]
         subprocess.run([sys.executable, "-m", *install], check=True)
-        command = [str(python), "-m", "jupyterlab", f"my/{NOTEBOOKS[0].name}"]
+        command = [str(python), "-m", "jupyterlab"]
     for path in (repository / "my").iterdir():
         copy = nbformat.read(path, as_version=4)
         copy.metadata.kernelspec = {"name": kernel, "display_name": kernel}
@@ -115,7 +115,7 @@ def opened(browser, server, request):
         page.on("console", lambda said: said.type == "error" and trouble.append(said.text))
         home = server.removesuffix("/lab/tree")
         page.on("request", lambda r: r.url.startswith(home) or trouble.append(r.url))
-        return LabNotebook(page, f"{server}/{path.name}")
+        return LabNotebook(page, f"{server}/my/{path.name}")
 
     yield open_
     assert [t for t in trouble if not t.startswith(("https://colab", "data:", "blob:", "ws"))] == []
