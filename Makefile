@@ -13,8 +13,8 @@ INSTALLED := $(VENV)/installed-$(CHECKSUM)
 # The stamp says nothing when the Python it was made with has gone.
 GONE := $(shell $(VENV_PYTHON) -c "import pip" 2>/dev/null || echo gone)
 
-# Else the threads of several processes wait for each other at full speed, at ten times the cost.
-export OMP_WAIT_POLICY ?= PASSIVE
+# By default the threads of several processes spin for each other, at five times the cost.
+export GOMP_SPINCOUNT ?= 10000
 
 # As many tests at once as there are cores; four notebooks fit into 16 GiB.
 WORKERS := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder

@@ -90,15 +90,15 @@ def test_setup_finds_the_repository_it_is_in(path, cell, depth, alone):
     assert not (alone / "git.log").exists() and not (alone / "pip.log").exists()
 
 
-@pytest.mark.parametrize(("asked", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_will_wait_without_taking_the_cores(asked, policy, cell, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+@pytest.mark.parametrize(("asked", "turns"), [(None, "10000"), ("30", "30")])
+def test_threads_will_not_spin_for_long(asked, turns, cell, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     if asked:
-        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
-    then = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"  # too late once it is
+        monkeypatch.setenv("GOMP_SPINCOUNT", asked)
+    then = "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"  # too late once it is
     command = [sys.executable, "-c", f"{cell}\n{then}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert without_notice(done.stdout) == f"{policy} False\n"
+    assert without_notice(done.stdout) == f"{turns} False\n"
 
 
 @pytest.mark.parametrize("git", ["missing", "failing"])
