@@ -31,8 +31,7 @@ def set_up(project: str) -> None:
     if project not in known:
         raise ValueError(f"project: got {project!r}, want one of {', '.join(known)}")
     folder = ROOT / project
-    # By default torch's threads spin while they wait for each other: on a busy machine five times
-    # slower and more. So many turns cost a quiet machine nothing (none at all would: a third).
+    # Threads that spin for long slow a busy machine five times; none at all, a quiet one by 30 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is first imported
     name_model_from_anywhere()
     os.chdir(folder)  # relative files such as results/toy_seeds.json
