@@ -90,7 +90,7 @@ def test_what_a_claim_lacks_is_told(ledger):
     assert (why(first), why(second)) == ("", "but needs “Heads form”")
     assert "but needs “Heads form”" in ledger.table()._repr_html_()
     assert "ours 0.500 but needs" in repr(ledger.table())
-    assert "2 do not (1 of them for want of a claim that they need)." in repr(ledger.table())
+    assert "2 do not (1 of them since a claim that they need does not)." in repr(ledger.table())
 
 
 def test_a_new_ledger_drops_the_old_run_and_a_second_figure_the_first(ledger):
@@ -386,7 +386,7 @@ def test_summary_names_failures_and_shows_the_papers_model_beside_ours():
     claims[1] |= {"others": {}, "holds_when": "it lies between -0.2 and 0.2"}
     assert "Ours: 0.100; holds when it lies between −0.2 and 0.2.\n" in summary(run(*claims), [])
     named = summary(run(*claims), ["lm.b"])
-    assert "- ✗ It is large.<br>Ours: 0.100; why it does not hold is said below.\n" in named
+    assert "- ✗ It is large.<br>Ours: 0.100; holds when it lies between −0.2 and 0.2.\n" in named
     claims[0] |= {"published": 3.56, "published_model": None}
     labelled = summary(run(claims[0] | {"quantity": "mean loss"}), ["lm.a"])
     assert "It is small.<br>Mean loss: ours 0.000; published: 3.56.\n" in labelled

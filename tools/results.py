@@ -13,6 +13,7 @@ from utils.ledger.results import (
     counts,
     quantity,
     read_json,
+    rule,
     verdict,
     why,
 )
@@ -102,7 +103,7 @@ def summary(ledger: dict, claim_ids: Sequence[str], papers: dict | None = None) 
         if claim["id"] in theirs:
             figures.append(f"ours on `{PAPERS}`: {cells(theirs[claim['id']])[2]}")
         figures += [f"published: {published}"] * (published != "–")
-        figures += ["why it does not hold is said below"] * (claim["verdict"] == FAILS)
+        figures += [rule(claim)] * (claim["verdict"] != HOLDS and bool(rule(claim)))
         lines.append(f"- {SIGNS[claim['verdict']]} {claim['statement']}.<br>{'; '.join(figures)}.")
     for verdict_, head in ((FAILS, "do not hold"), (UNDECIDED, "are undecided")):
         named = [c for c in claims.values() if c["verdict"] == verdict_]

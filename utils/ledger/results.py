@@ -88,9 +88,14 @@ def why(claim: dict) -> str:
     """What decides beside the figure reported: others, claims it needs that fail, or its bound."""
     found = [f"with {others(claim)}"] if others(claim) else []
     found += [f"but needs “{other}”" for other in claim.get("for_want_of", [])]
-    rule = re.sub(r"-(?=\d)", "−", claim.get("holds_when", ""))
-    bound = f"holds when {rule}" if rule else ""
-    return "; ".join(filter(None, [", ".join(found), "" if claim.get("for_want_of") else bound]))
+    bound = "" if claim.get("for_want_of") else rule(claim)
+    return "; ".join(filter(None, [", ".join(found), bound]))
+
+
+def rule(claim: dict) -> str:
+    """What the claim's figure is held against, in words; empty if that is not known."""
+    words = re.sub(r"-(?=\d)", "−", claim.get("holds_when", ""))
+    return f"holds when {words}" if words else ""
 
 
 def decimals(value: float, places: int = 3) -> str:
@@ -100,14 +105,14 @@ def decimals(value: float, places: int = 3) -> str:
 
 
 def counts(claims: Iterable[dict]) -> str:
-    """How many claims hold, do not (and for want of another), or are undecided, in one line."""
+    """How many claims hold, do not (some since another does not), or are undecided, in one line."""
     claims = list(claims)
     verdicts = [claim["verdict"] for claim in claims]
     held, failed, open_ = (verdicts.count(v) for v in (HOLDS, FAILS, UNDECIDED))
     text = f"{held} of {len(verdicts)} claims hold"
     text += f", {failed} {'do' if failed > 1 else 'does'} not" if failed else ""
     wanting = sum(c["verdict"] == FAILS and bool(c.get("for_want_of")) for c in claims)
-    text += f" ({wanting} of them for want of a claim that they need)" if wanting else ""
+    text += f" ({wanting} of them since a claim that they need does not)" if wanting else ""
     return text + (f", {open_} {'are' if open_ > 1 else 'is'} undecided" if open_ else "")
 
 
