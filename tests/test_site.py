@@ -280,11 +280,31 @@ def test_on_a_phone_panels_stand_below_each_other_and_titles_fit(opened):
 
 
 @needs_chromium
+def test_on_a_phone_points_are_named_in_full_maps_of_tokens_are_square_and_ticks_do_not_meet(
+    opened,
+):
+    figure = drawn(opened(IOI, 390), "Attribution patching against")
+    inside = figure.locator(".nsewdrag").bounding_box()
+    names = [name.bounding_box() for name in figure.locator(".textpoint").all()]
+    assert len(names) > 3
+    for box in names:
+        assert inside["x"] <= box["x"]
+        assert box["x"] + box["width"] <= inside["x"] + inside["width"]
+    figure = drawn(opened(INDUCTION, 390), "OV circuit of")
+    inside = figure.locator(".nsewdrag").bounding_box()
+    assert abs(inside["width"] - inside["height"]) < 4
+    ticks = [tick.bounding_box() for tick in figure.locator(".xtick text").all()]
+    assert len(ticks) > 3
+    assert all(a["x"] + a["width"] + 4 < b["x"] for a, b in itertools.pairwise(ticks))
+
+
+@needs_chromium
 def test_on_a_phone_rows_of_a_wide_table_are_cards_whose_cells_have_names(opened):
     page = opened(INDUCTION.rpartition("/")[0] + "/index", 1280)
     assert page.locator("table.cards").count() == 0
     page.set_viewport_size(dict(width=390, height=900))
     cells = page.locator("table.cards tbody tr").first.locator("td")
+    cells.first.wait_for()
     names = ["verdict", "claim", "what is measured", "published"]
     names += ["ours\u00a0±\u00a0standard error (n)"]
     assert [cell.get_attribute("data-label") for cell in cells.all()] == names
@@ -292,7 +312,7 @@ def test_on_a_phone_rows_of_a_wide_table_are_cards_whose_cells_have_names(opened
     assert all(a["y"] + a["height"] <= b["y"] for a, b in itertools.pairwise(boxes))
     assert max(box["x"] + box["width"] for box in boxes) <= 390
     page.set_viewport_size(dict(width=1280, height=900))
-    assert page.locator("table.cards").count() == 0
+    page.locator("table.cards").first.wait_for(state="detached")
 
 
 @needs_chromium

@@ -48,6 +48,7 @@ function drawFigure(place, { data, layout, frames }) {
   if (NARROW.matches) stackPanels(shown, width);
   wrapTitles(shown.layout, width);
   wrapAxisTitles(shown.layout, width);
+  if (NARROW.matches) thinTicks(shown.layout, width);
   const wanted = plotHeight(shown.layout);
   if (isDark()) shown = turned(shown);
   const [slider] = shown.layout.sliders ?? [];
@@ -65,11 +66,25 @@ function drawFigure(place, { data, layout, frames }) {
   });
 }
 
-// Legends and turned labels take their room from the panels: only what is drawn tells how much.
+// Legends and turned labels take their room from the panels: only what is drawn tells how much. A
+// map of tokens by tokens is a square, or its diagonal would be steep.
 function giveRoom(place, wanted) {
-  const height = place.layout.height + Math.max(wanted - place._fullLayout._size.h, 0);
+  const { w, h } = place._fullLayout._size;
+  const cells = place.calcdata.length === 1 ? place.calcdata[0][0].z : undefined;
+  const isSquare = cells?.length > 20 && cells.length === cells[0].length;
+  const height = place.layout.height + (isSquare ? w - h : Math.max(wanted - h, 0));
   place.style.height = `${height}px`;
-  Plotly.relayout(place, { height });
+  Plotly.relayout(place, { height, ...roomForNames(place) });
+}
+
+// Names of points near the ends of the x axis are not cut.
+function roomForNames({ _fullData, _fullLayout: { xaxis } }) {
+  const named = _fullData.find(({ mode }) => /text/.test(mode));
+  if (!named) return {};
+  const [low, high] = xaxis.range;
+  const half = (22 / xaxis._length) * (high - low);
+  const ends = [Math.min(low, Math.min(...named.x) - half), Math.max(high, Math.max(...named.x) + half)];
+  return { "xaxis.range": ends };
 }
 
 function plotHeight({ height, margin }) {
@@ -139,6 +154,26 @@ function rewrapped(text, letters) {
 
 function lines(text) {
   return text.split("<br>").length;
+}
+
+// Numbers below an axis do not meet.
+function thinTicks(layout, width) {
+  for (const name of Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name))) {
+    const { domain: [from, to] = [0, 1], nticks, tickvals, ticktext, type } = layout[name];
+    const room = (width - 100) * (to - from);
+    if (nticks) layout[name].nticks = Math.min(nticks, Math.max(3, Math.floor(room / 32)));
+    if (!tickvals?.length || !(ticktext ?? tickvals).every((text) => /^\d+$/.test(text))) continue;
+    const places = type === "log" ? tickvals.map(Math.log) : tickvals;
+    const pixels = room / (places.at(-1) - places[0]);
+    let last = -Infinity;
+    const kept = places.map((place) => {
+      const isFree = (place - last) * pixels >= 26;
+      if (isFree) last = place;
+      return isFree;
+    });
+    layout[name].tickvals = tickvals.filter((_, i) => kept[i]);
+    if (ticktext) layout[name].ticktext = ticktext.filter((_, i) => kept[i]);
+  }
 }
 
 // Panels
